@@ -1,0 +1,7 @@
+"""`torch.nn.MultiheadAttention` for Flax."""
+
+from flax_mha import convert as convert
+from flax_mha import functional as functional
+from flax_mha._module import MultiheadAttention as MultiheadAttention
+
+__version__ = "0.1.0"

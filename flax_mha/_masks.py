@@ -1,0 +1,116 @@
+"""PyTorch's two masks become one `Mask`. The only place where polarity is inverted."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha._typing import Array, ArrayLike, DType, MaskArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which queries may attend to which keys, and what is added to their logits.
+
+    Nothing is merged or broadcast here: kernels combine the parts block by block, so
+    that a (batch, 1, 1, src) padding mask and a (1, 1, tgt, src) mask stay that small.
+    """
+
+    # Boolean, True = may attend. Where there are several, all of them must be True.
+    allowed: tuple[MaskArray, ...] = ()
+    # Floating point, added to the scaled logits, all of them.
+    attn_bias: tuple[MaskArray, ...] = ()
+    # Query i may attend to keys 0 to i (aligned top left, also if lengths differ).
+    is_causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    # The last columns of the keys that no mask covers, is_causal included: always open.
+    open_columns: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+    def __bool__(self) -> bool:
+        return bool(self.allowed or self.attn_bias or self.is_causal)
+
+    def additive(self, tgt_len: int, src_len: int, dtype: DType) -> Array | None:
+        """Returns what to add to the logits, (#batch, #heads, #tgt, src), or None.
+
+        Adding -inf, rather than selecting, is what PyTorch does: a NaN logit stays NaN
+        at a masked position.
+        """
+        parts = [jnp.where(mask, 0, -jnp.inf).astype(dtype) for mask in self.allowed]
+        if self.attn_bias:
+            parts.append(_add_in_common_dtype(self.attn_bias).astype(dtype))
+        if self.is_causal:
+            covered = (tgt_len, src_len - self.open_columns)
+            causal = jnp.tril(jnp.ones(covered, bool))[None, None]
+            parts.append(jnp.where(causal, 0, -jnp.inf).astype(dtype))
+        if not parts:
+            return None
+        total = functools.reduce(jnp.add, parts)
+        return jnp.pad(total, [(0, 0)] * 3 + [(0, self.open_columns)])
+
+
+def _add_in_common_dtype(biases: Sequence[Array]) -> Array:
+    # As PyTorch: two float16 masks of finfo.min add up to -inf, not to a finite sum.
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.add, biases)
+
+
+def from_torch_masks(
+    key_padding_mask: ArrayLike | None,
+    attn_mask: ArrayLike | None,
+    *,
+    batch: int,
+    num_heads: int,
+    is_causal: bool,
+    open_columns: int,
+) -> Mask:
+    """Returns the `Mask` that means the same as PyTorch's masks (True = blocked).
+
+    Args:
+        key_padding_mask: (batch, src), or (src,) without a batch; checked.
+        attn_mask: (tgt, src) or (batch * num_heads, tgt, src); checked.
+        is_causal: Also apply a causal mask.
+        open_columns: How many keys follow those that the masks cover.
+    """
+    masks = []
+    if key_padding_mask is not None:
+        masks.append(
+            jnp.reshape(key_padding_mask, (batch, 1, 1, key_padding_mask.shape[-1]))
+        )
+    if attn_mask is not None and attn_mask.ndim == 2:
+        masks.append(jnp.asarray(attn_mask)[None, None])
+    elif attn_mask is not None:
+        # PyTorch's rows run over the heads of a batch element: index = n * heads + h.
+        shape = (batch, num_heads, *attn_mask.shape[1:])
+        masks.append(jnp.reshape(attn_mask, shape))
+    return Mask(
+        allowed=tuple(~mask for mask in masks if mask.dtype == jnp.bool_),
+        attn_bias=tuple(mask for mask in masks if mask.dtype != jnp.bool_),
+        is_causal=is_causal,
+        open_columns=open_columns,
+    )
+
+
+def merge(
+    attn_mask: ArrayLike | None,
+    key_padding_mask: ArrayLike | None,
+    query: ArrayLike,
+    num_heads: int,
+) -> tuple[Array | None, int | None]:
+    """Merges PyTorch's masks, polarity unchanged; see `MultiheadAttention`."""
+    if attn_mask is None:
+        if key_padding_mask is None:
+            return None, None
+        return jnp.asarray(key_padding_mask), 1
+    batch, length, _ = query.shape
+    merged = jnp.asarray(attn_mask)
+    if merged.ndim == 3:
+        merged = merged.reshape(batch, merged.shape[0] // max(batch, 1), length, length)
+    else:
+        merged = jnp.broadcast_to(merged, (batch, num_heads, length, length))
+    if key_padding_mask is not None:
+        # PyTorch adds: two boolean masks give their OR, True counts as 1 beside floats.
+        with jax.numpy_dtype_promotion("standard"):
+            merged = merged + jnp.asarray(key_padding_mask)[:, None, None, :]
+    return merged, 2

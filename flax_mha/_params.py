@@ -1,0 +1,107 @@
+"""The parameter table: PyTorch's names and bytes, reshaped so that heads are an axis.
+
+The modules, the converter and the sharding rules read this table; nobody else knows a
+parameter's shape. Nothing is ever transposed, so converting is a view.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax.typing import Initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: how PyTorch shapes it, how we do, and how it starts."""
+
+    torch_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # one logical name for each axis of `shape`
+    init: Initializer
+
+
+def uniform(bound: float) -> Initializer:
+    def init(rng, shape, dtype=jnp.float32, out_sharding=None):
+        return jax.random.uniform(
+            rng, shape, dtype, -bound, bound, out_sharding=out_sharding
+        )
+
+    return init
+
+
+def xavier_uniform(rows: int, columns: int) -> Initializer:
+    """Glorot and Bengio's uniform initialiser for PyTorch's (rows, columns) matrix.
+
+    The fans are those of the matrix as PyTorch stores it: the packed (3E, E) matrix
+    starts smaller than three separate (E, E) ones would.
+    """
+    return uniform(math.sqrt(6 / (rows + columns)))
+
+
+def parameter_table(
+    embed_dim: int,
+    num_heads: int,
+    *,
+    kdim: int | None = None,
+    vdim: int | None = None,
+    bias: bool = True,
+    add_bias_kv: bool = False,
+) -> dict[str, ParamSpec]:
+    """Returns PyTorch's parameters by name, in the order of its state_dict."""
+    kdim = embed_dim if kdim is None else kdim
+    vdim = embed_dim if vdim is None else vdim
+    head_dim = embed_dim // num_heads
+    heads = (num_heads, head_dim)
+
+    def projection(features: int) -> ParamSpec:
+        return ParamSpec(
+            torch_shape=(embed_dim, features),
+            shape=(*heads, features),
+            axes=("heads", "head_dim", "embed"),
+            init=xavier_uniform(embed_dim, features),
+        )
+
+    table = {}
+    if kdim == vdim == embed_dim:
+        table["in_proj_weight"] = ParamSpec(
+            torch_shape=(3 * embed_dim, embed_dim),
+            shape=(3, *heads, embed_dim),
+            axes=("qkv", "heads", "head_dim", "embed"),
+            init=xavier_uniform(3 * embed_dim, embed_dim),
+        )
+    else:
+        table["q_proj_weight"] = projection(embed_dim)
+        table["k_proj_weight"] = projection(kdim)
+        table["v_proj_weight"] = projection(vdim)
+    if bias:
+        table["in_proj_bias"] = ParamSpec(
+            torch_shape=(3 * embed_dim,),
+            shape=(3, *heads),
+            axes=("qkv", "heads", "head_dim"),
+            init=jax.nn.initializers.zeros,
+        )
+    if add_bias_kv:
+        for name in ("bias_k", "bias_v"):
+            table[name] = ParamSpec(
+                torch_shape=(1, 1, embed_dim),
+                shape=heads,
+                axes=("heads", "head_dim"),
+                # torch.nn.init.xavier_normal_ of a (1, 1, E) tensor: both fans are E.
+                init=jax.nn.initializers.normal(embed_dim**-0.5),
+            )
+    table["out_proj.weight"] = ParamSpec(
+        torch_shape=(embed_dim, embed_dim),
+        shape=(embed_dim, *heads),
+        axes=("embed", "heads", "head_dim"),
+        init=uniform(embed_dim**-0.5),  # torch.nn.Linear's own, not Xavier's
+    )
+    if bias:
+        table["out_proj.bias"] = ParamSpec(
+            torch_shape=(embed_dim,),
+            shape=(embed_dim,),
+            axes=("embed",),
+            init=jax.nn.initializers.zeros,
+        )
+    return table

@@ -1,0 +1,285 @@
+"""PyTorch checkpoints to Flax parameters and back.
+
+A conversion only reshapes (see `_params`): parameters are views of the checkpoint's
+bytes, and the way back is exact, bit for bit, in every dtype. PyTorch itself is needed
+only to read its pickle files, and for `from_torch`.
+"""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_mha import _checks
+from flax_mha._module import MultiheadAttention
+from flax_mha._params import ParamSpec, parameter_table
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "from_torch",
+    "params_from_state_dict",
+    "read_state_dict",
+    "state_dict_from_params",
+]
+
+_PICKLES = (".pt", ".pth", ".bin")
+# Keys that only other attention layers have.
+_LOOK_ALIKES = {
+    "q_proj.weight": "separate Linear layers, as fairseq and Hugging Face have them",
+    "c_proj.weight": "CLIP's AttentionPool2d",
+    "qkv.weight": "timm's Attention",
+    "Wqkv.weight": "flash-attn's MHA",
+    "query.kernel": "Flax's MultiHeadDotProductAttention",
+}
+
+
+def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a checkpoint file into NumPy arrays by PyTorch's names.
+
+    Args:
+        path: A `.safetensors` file (needs the safetensors package, not PyTorch), or a
+            `.pt`, `.pth` or `.bin` file (needs PyTorch; read with
+            `weights_only=True`, so that no code in it can run).
+
+    Raises:
+        ValueError: The file is not of these kinds, or holds anything but tensors.
+        ImportError: The package that reads it is not installed.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        return load_file(path)
+    if path.suffix not in _PICKLES:
+        raise ValueError(
+            f"path must end in .safetensors or one of {', '.join(_PICKLES)}, "
+            f"got {str(path)!r}."
+        )
+    import torch
+
+    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in state_dict.values()
+    ):
+        what = type(state_dict).__name__
+        if isinstance(state_dict, Mapping):
+            what = f"a mapping with keys {list(state_dict)[:8]}"
+        raise ValueError(
+            f"{str(path)!r} must hold a state_dict of tensors, got {what}."
+        )
+    return {name: _as_numpy(name, tensor) for name, tensor in state_dict.items()}
+
+
+def params_from_state_dict(
+    state_dict: Mapping[str, Any], num_heads: int, prefix: str = ""
+) -> dict[str, Any]:
+    """Returns the Flax parameters of one `torch.nn.MultiheadAttention`.
+
+    Args:
+        state_dict: PyTorch's name to torch tensor, NumPy array or JAX array. It is not
+            changed, and the parameters share its memory where it is NumPy's or on the
+            CPU: copy it first if it will change.
+        num_heads: Number of heads, which no checkpoint records.
+        prefix: Of the layer in a larger model, "encoder.layers.0.self_attn" say; names
+            outside of it are left alone. Without it the state_dict must be one layer's.
+
+    Returns:
+        NumPy arrays in the shapes that `MultiheadAttention` declares.
+
+    Raises:
+        ValueError: A key is missing, unexpected or misshapen (all are listed), or
+            `num_heads` does not divide embed_dim.
+    """
+    layer = _below(prefix, state_dict)
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.items()}
+    table = _table(shapes, _embed_dim(shapes), num_heads)
+    _check_names_and_shapes(
+        shapes,
+        {name: spec.torch_shape for name, spec in table.items()},
+        "state_dict must be that of a torch.nn.MultiheadAttention",
+    )
+    return unflatten_dict(
+        {
+            name: _as_numpy(name, layer[name]).reshape(spec.shape)
+            for name, spec in table.items()
+        },
+        sep=".",
+    )
+
+
+def state_dict_from_params(
+    params: Mapping[str, Any], prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Returns PyTorch's state_dict; the exact inverse of `params_from_state_dict`.
+
+    Args:
+        params: Of one `MultiheadAttention`, or gradients or anything in their shapes.
+        prefix: To put before each name; a dot is added if it lacks one.
+
+    Raises:
+        ValueError: A parameter is missing, unexpected or misshapen; all are listed.
+    """
+    flat: dict[str, Any] = flatten_dict(params, sep=".")
+    shapes = {name: tuple(param.shape) for name, param in flat.items()}
+    if len(shapes.get("out_proj.weight", ())) != 3:
+        raise ValueError(
+            "params must hold out_proj.weight of shape (embed_dim, num_heads, "
+            f"head_dim); got {shapes}."
+        )
+    table = _table(shapes, *shapes["out_proj.weight"][:2])
+    _check_names_and_shapes(
+        shapes,
+        {name: spec.shape for name, spec in table.items()},
+        "params must be those of a flax_mha.MultiheadAttention",
+    )
+    prefix = _dotted(prefix)
+    return {
+        prefix + name: _as_numpy(name, flat[name]).reshape(spec.torch_shape)
+        for name, spec in table.items()
+    }
+
+
+def from_torch(
+    module: "torch.nn.MultiheadAttention",
+) -> tuple[MultiheadAttention, dict[str, Any]]:
+    """Returns the Flax module that computes what `module` does, and its parameters.
+
+    The parameters are JAX arrays, copied: `module` may go on training.
+
+    Raises:
+        TypeError: `module` is not a `torch.nn.MultiheadAttention`.
+    """
+    import torch
+
+    if not isinstance(module, torch.nn.MultiheadAttention):
+        raise TypeError(
+            f"module must be a torch.nn.MultiheadAttention, got {type(module)}."
+        )
+    params = params_from_state_dict(module.state_dict(), module.num_heads)
+    params = jax.tree.map(jnp.array, params)
+    return MultiheadAttention(
+        embed_dim=module.embed_dim,
+        num_heads=module.num_heads,
+        dropout=module.dropout,
+        bias=module.out_proj.bias is not None,
+        add_bias_kv=module.bias_k is not None,
+        add_zero_attn=module.add_zero_attn,
+        kdim=module.kdim,
+        vdim=module.vdim,
+        batch_first=module.batch_first,
+        param_dtype=params["out_proj"]["weight"].dtype,
+    ), params
+
+
+def _below(prefix: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = _dotted(prefix)
+    layer = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(prefix)
+    }
+    if not layer:
+        raise ValueError(
+            f"prefix must begin some names of the state_dict, got {prefix!r}; "
+            f"its names are {_few(list(state_dict))}."
+        )
+    return layer
+
+
+def _dotted(prefix: str) -> str:
+    return prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+
+
+def _embed_dim(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    # The rows of in_proj_weight say nothing: other layers have fewer under that name.
+    for name in ("out_proj.weight", "in_proj_weight", "q_proj_weight"):
+        if shapes.get(name):
+            return shapes[name][-1]
+    found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    raise ValueError(
+        "state_dict must be that of a torch.nn.MultiheadAttention, with "
+        f"out_proj.weight; got {found}.{_look_alike(shapes)}"
+    )
+
+
+def _table(
+    shapes: Mapping[str, tuple[int, ...]], embed_dim: int, num_heads: int
+) -> dict[str, ParamSpec]:
+    """Returns the table that these names come closest to, in either's shapes."""
+    _checks.constructor(embed_dim, num_heads)
+    kdim = vdim = None
+    if "in_proj_weight" not in shapes:
+        kdim = (shapes.get("k_proj_weight") or (embed_dim,))[-1]
+        vdim = (shapes.get("v_proj_weight") or (embed_dim,))[-1]
+    return parameter_table(
+        embed_dim,
+        num_heads,
+        kdim=kdim,
+        vdim=vdim,
+        bias="in_proj_bias" in shapes or "out_proj.bias" in shapes,
+        add_bias_kv="bias_k" in shapes or "bias_v" in shapes,
+    )
+
+
+def _check_names_and_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    what: str,
+) -> None:
+    """Raises one error that lists everything that is wrong."""
+    missing = [
+        f"{name} {shape}" for name, shape in wanted.items() if name not in shapes
+    ]
+    unexpected = [
+        f"{name} {shape}" for name, shape in shapes.items() if name not in wanted
+    ]
+    misshapen = [
+        f"{name} {shapes[name]}, wanted {shape}"
+        for name, shape in wanted.items()
+        if shapes.get(name, shape) != shape
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    lines = [f"{what}, but"]
+    for title, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshapen", misshapen),
+    ):
+        if names:
+            lines.append(f"  {title}: {'; '.join(names)}")
+    raise ValueError("\n".join(lines) + _look_alike(shapes))
+
+
+def _look_alike(names: Iterable[str]) -> str:
+    for key, what in _LOOK_ALIKES.items():
+        if key in names:
+            return f"\n  {key} belongs to another attention: {what}."
+    return ""
+
+
+def _few(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _as_numpy(name: str, tensor: Any) -> np.ndarray:
+    """Returns the same bytes as a NumPy array, without a copy if it can."""
+    if isinstance(tensor, np.ndarray | jax.Array):
+        return np.asarray(tensor)
+    if not hasattr(tensor, "detach"):
+        raise TypeError(
+            f"{name} must be a torch tensor, NumPy array or JAX array, "
+            f"got {type(tensor)}."
+        )
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # which NumPy knows only through ml_dtypes
+        return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
