@@ -120,11 +120,7 @@ def call(
 
 def floating(**arrays: ArrayLike) -> None:
     for name, array in arrays.items():
-        _array(name, array)
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(
-                f"{name} must have a floating-point dtype, got {array.dtype}."
-            )
+        _floating(name, array)
 
 
 def mask_dtypes(**masks: ArrayLike | None) -> None:
@@ -306,13 +302,12 @@ def functional_parameters(
         if param is None and torch_name != "out_proj.weight":
             continue
         name = torch_name.replace(".", "_")
-        floating(**{name: param})
+        params[torch_name] = param = _floating(name, param)
         if torch_name == "out_proj.bias":
             wanted[torch_name] = [params["out_proj.weight"].shape[:1]]
         if not any(_has_shape(param, shape) for shape in wanted[torch_name]):
             shape = str(wanted[torch_name][0]).replace("None", "any")
             raise ValueError(f"{name} must have shape {shape}, got {param.shape}.")
-        params[torch_name] = param
     return params
 
 
@@ -424,9 +419,17 @@ def _has_shape(array: ArrayLike, wanted: tuple[int | None, ...]) -> bool:
     )
 
 
-def _array(name: str, array: Any) -> None:
+def _floating(name: str, array: ArrayLike | None) -> ArrayLike:
+    array = _array(name, array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {array.dtype}.")
+    return array
+
+
+def _array(name: str, array: Any) -> ArrayLike:
     if not isinstance(array, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {_describe(array)}.")
+    return array
 
 
 def _describe(value: Any) -> str:

@@ -15,7 +15,7 @@ from flax_mha._typing import (
     Weights,
 )
 
-DEFAULT = "reference"
+DEFAULT = "blockwise"
 
 
 def dot_product_attention(

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from flax_mha._typing import Array
+from flax_mha._typing import Array, DType
 
 # Chris Wellons' "lowbias32" integer hash: https://github.com/skeeto/hash-prospector
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
@@ -38,25 +38,31 @@ class Dropout:
     def from_rng(cls, rng: Array, rate: float) -> "Dropout":
         return cls(seed=jax.random.bits(rng, (2,), jnp.uint32), rate=float(rate))
 
-    def row_seeds(self, batch: int, num_heads: int, tgt_len: int) -> Array:
-        """Returns two seeds for each row of logits, (2, batch, heads, tgt, 1)."""
-        shape = (batch, num_heads, tgt_len, 1)
-        row = jnp.arange(batch * num_heads * tgt_len, dtype=jnp.uint32).reshape(shape)
-        first = _mix(row ^ self.seed[0])
-        return jnp.stack([first, _mix(first + self.seed[1], self.seed[0])])
+    def factors(
+        self, row: Array, columns: int, dtype: DType, first_column: Array | int = 0
+    ) -> Array:
+        """Returns what to multiply probabilities by: 0, or 1 / (1 - rate).
 
-    def apply(self, probs: Array, row_seeds: Array, first_column: int = 0) -> Array:
-        """Returns `probs`, dropped and scaled; `row_seeds` are those of its rows.
-
-        Two seeds enter for each row, so that two rows share a pattern, even a shifted
-        one, with chance 2**-64.
+        Args:
+            row: Number of each row among all rows of the call, (..., rows, 1) uint32.
+            columns: How many columns.
+            first_column: Number of the first of them.
         """
-        if self.rate >= 1.0:
-            return jnp.zeros_like(probs)
-        columns = jnp.arange(probs.shape[-1], dtype=jnp.uint32) + first_column
-        weyl = columns * jnp.uint32(_GOLDEN_RATIO)
-        bits = _mix(
-            row_seeds[0] + jnp.expand_dims(weyl, range(probs.ndim - 1)), row_seeds[1]
-        )
+        shape = (*row.shape[:-1], columns)
+        if self.rate >= 1:
+            return jnp.zeros(shape, dtype)
+        # Two seeds for each row, so that two rows share a pattern, even a shifted one,
+        # with chance 2**-64.
+        first = _mix(row ^ self.seed[0])
+        second = _mix(first + self.seed[1], self.seed[0])
+        column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+        column = column + jnp.asarray(first_column, jnp.uint32)
+        bits = _mix(first + column * jnp.uint32(_GOLDEN_RATIO), second)
         keep = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
-        return jnp.where(keep, probs * (1 / (1 - self.rate)), 0)
+        return jnp.where(keep, jnp.asarray(1 / (1 - self.rate), dtype), 0)
+
+
+def row_numbers(batch: int, num_heads: int, tgt_len: int) -> Array:
+    """Returns the number of each row of the logits, (batch, heads, tgt, 1)."""
+    rows = jnp.arange(batch * num_heads * tgt_len, dtype=jnp.uint32)
+    return rows.reshape(batch, num_heads, tgt_len, 1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,26 +28,51 @@ class Mask:
     # The last columns of the keys that no mask covers, is_causal included: always open.
     open_columns: int = dataclasses.field(default=0, metadata=dict(static=True))
 
-    def __bool__(self) -> bool:
-        return bool(self.allowed or self.attn_bias or self.is_causal)
-
-    def additive(self, tgt_len: int, src_len: int, dtype: DType) -> Array | None:
+    def additive(
+        self,
+        tgt_len: int,
+        src_len: int,
+        dtype: DType,
+        *,
+        first_row: Array | int = 0,
+        first_column: Array | int = 0,
+    ) -> Array | None:
         """Returns what to add to the logits, (#batch, #heads, #tgt, src), or None.
 
         Adding -inf, rather than selecting, is what PyTorch does: a NaN logit stays NaN
         at a masked position.
+
+        Args:
+            tgt_len, src_len: Shape of the logits.
+            dtype: Of the logits.
+            first_row, first_column: Where these logits begin, if they are a block.
         """
-        parts = [jnp.where(mask, 0, -jnp.inf).astype(dtype) for mask in self.allowed]
+        parts = [_additive(mask, dtype) for mask in self.allowed]
         if self.attn_bias:
             parts.append(_add_in_common_dtype(self.attn_bias).astype(dtype))
         if self.is_causal:
-            covered = (tgt_len, src_len - self.open_columns)
-            causal = jnp.tril(jnp.ones(covered, bool))[None, None]
-            parts.append(jnp.where(causal, 0, -jnp.inf).astype(dtype))
+            covered = (1, 1, tgt_len, src_len - self.open_columns)
+            row = jax.lax.broadcasted_iota(jnp.int32, covered, 2) + first_row
+            column = jax.lax.broadcasted_iota(jnp.int32, covered, 3) + first_column
+            parts.append(_additive(row >= column, dtype))
         if not parts:
             return None
         total = functools.reduce(jnp.add, parts)
+        if self.open_columns == 0:
+            return total
         return jnp.pad(total, [(0, 0)] * 3 + [(0, self.open_columns)])
+
+    def map(self, function: Callable[[MaskArray], MaskArray]) -> "Mask":
+        """Returns the mask with `function` applied to each of its arrays."""
+        return dataclasses.replace(
+            self,
+            allowed=tuple(map(function, self.allowed)),
+            attn_bias=tuple(map(function, self.attn_bias)),
+        )
+
+
+def _additive(allowed: MaskArray, dtype: DType) -> Array:
+    return jnp.where(allowed, jnp.zeros((), dtype), -jnp.inf)
 
 
 def _add_in_common_dtype(biases: Sequence[Array]) -> Array:

@@ -16,6 +16,6 @@ To add a kernel: write its module, add it here, and name it where
 `tests/test_kernel_contract.py` lists the reasons for which it may refuse a case.
 """
 
-from flax_mha._kernels import reference
+from flax_mha._kernels import blockwise, reference
 
-KERNELS = {"reference": reference}
+KERNELS = {"blockwise": blockwise, "reference": reference}

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flax_mha._dropout import Dropout
+from flax_mha._dropout import Dropout, row_numbers
 from flax_mha._masks import Mask
 from flax_mha._typing import (
     Array,
@@ -102,7 +102,8 @@ def _logits(query, key, mask, *, scale, precision) -> Array:
 def _drop(probs: Weights, dropout: Dropout | None) -> Weights:
     if dropout is None:
         return probs
-    return dropout.apply(probs, dropout.row_seeds(*probs.shape[:3]))
+    rows = row_numbers(*probs.shape[:3])
+    return probs * dropout.factors(rows, probs.shape[-1], probs.dtype)
 
 
 def _average(

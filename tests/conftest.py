@@ -1,0 +1,31 @@
+import os
+
+# Eight devices on the CPU, for the tests that shard. JAX reads this when it starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flax_mha
+
+# float64 for exact comparisons; nothing may promote or broadcast by accident.
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey():
+    """Returns a function that returns a new random key at each call."""
+    keys = (jax.random.key(n) for n in range(10_000))
+    return lambda: next(keys)
+
+
+@pytest.fixture(autouse=True)
+def _names_in_doctests(doctest_namespace):
+    doctest_namespace.update(
+        jax=jax, jnp=jnp, MultiheadAttention=flax_mha.MultiheadAttention
+    )

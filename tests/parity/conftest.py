@@ -1,0 +1,12 @@
+"""Everything in this folder runs PyTorch beside the package."""
+
+import pytest
+import torch
+
+# The machine's cores are for the test processes, one each.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded_torch():
+    torch.manual_seed(0)

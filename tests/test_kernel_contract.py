@@ -1,0 +1,204 @@
+"""What every kernel must do, against the definition in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_mha._dropout import Dropout
+from flax_mha._kernels import KERNELS, reference
+from flax_mha._masks import Mask
+
+# Relative to the largest element; bfloat16 and float16 against the float64 truth.
+TOLERANCE = {"float64": 1e-11, "float32": 5e-6, "bfloat16": 2e-2, "float16": 3e-3}
+HEADS, HEAD_DIM, VALUE_DIM = 2, 8, 6
+SCALE = HEAD_DIM**-0.5
+
+
+def padding(rng, batch, tgt, src):
+    return Mask(allowed=(rng.random((batch, 1, 1, src)) < 0.7,))
+
+
+def float_mask(rng, batch, tgt, src):
+    bias = np.where(rng.random((1, 1, tgt, src)) < 0.2, -np.inf, rng.normal(size=src))
+    return Mask(attn_bias=(bias,))
+
+
+def per_head(rng, batch, tgt, src):
+    shape = (batch, HEADS, tgt, src)
+    return Mask(
+        allowed=(rng.random((batch, 1, 1, src)) < 0.9,),
+        attn_bias=(rng.normal(size=shape),),
+    )
+
+
+def dead_rows(rng, batch, tgt, src):
+    return Mask(allowed=(rng.random((1, 1, tgt, 1)) < np.full(src, 0.5),))
+
+
+MASKS = {
+    "none": lambda *_: Mask(),
+    "causal": lambda *_: Mask(is_causal=True),
+    "causal-open": lambda *_: Mask(is_causal=True, open_columns=2),
+    "padding": padding,
+    "float": float_mask,
+    "per_head": per_head,
+    "dead_rows": dead_rows,
+}
+LENGTHS = [(1, 129), (129, 1), (7, 1500), (1500, 7), (1500, 1500)]
+
+
+def inputs(mask_name, tgt, src, dtype="float64", batch=2):
+    rng = np.random.default_rng([tgt, src])
+    mask = MASKS[mask_name](rng, batch, tgt, src)
+    src = src + mask.open_columns
+    query = rng.normal(size=(batch, tgt, HEADS, HEAD_DIM))
+    key = rng.normal(size=(batch, src, HEADS, HEAD_DIM))
+    value = rng.normal(size=(batch, src, HEADS, VALUE_DIM))
+    as_dtype = functools.partial(jnp.asarray, dtype=dtype)
+    mask = mask.map(jnp.asarray)
+    return *map(as_dtype, (query, key, value)), mask
+
+
+def wave(shape):
+    """Returns a cotangent that is different everywhere."""
+    return jnp.cos(jnp.arange(np.prod(shape, dtype=int))).reshape(shape)
+
+
+def results(kernel, query, key, value, mask, *, weights=None, dropout=None):
+    """Returns what the kernel computes, and all its gradients."""
+
+    def loss(query, key, value, attn_bias):
+        parts = Mask(mask.allowed, attn_bias, mask.is_causal, mask.open_columns)
+        options = dict(scale=SCALE, dropout=dropout)
+        if weights is None:
+            out = (kernel.attend(query, key, value, parts, **options),)
+        else:
+            out = kernel.attend_with_weights(
+                query, key, value, parts, average=weights == "mean", **options
+            )
+        return sum(jnp.sum(x.astype("float64") * wave(x.shape)) for x in out), out
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    return grad(query, key, value, mask.attn_bias)
+
+
+def assert_close(actual, expected, tolerance):
+    def compare(a, e):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        largest = np.max(np.abs(e), where=np.isfinite(e), initial=0.1)
+        np.testing.assert_allclose(a / largest, e / largest, rtol=0, atol=tolerance)
+
+    jax.tree.map(compare, actual, expected)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.parametrize("name", KERNELS.keys() - {"reference"})
+def test_output_and_gradients(name, mask_name, lengths):
+    args = inputs(mask_name, *lengths)
+    assert KERNELS[name].unsupported(*args, dropout=None) is None
+    assert_close(
+        results(KERNELS[name], *args), results(reference, *args), TOLERANCE["float64"]
+    )
+
+
+@pytest.mark.parametrize("weights", ["mean", "heads"])
+@pytest.mark.parametrize("mask_name", ["none", "causal-open", "per_head", "dead_rows"])
+@pytest.mark.parametrize("lengths", [(7, 7), (1500, 129)], ids=str)
+@pytest.mark.parametrize("name", KERNELS.keys() - {"reference"})
+def test_weights_and_their_gradients(name, lengths, mask_name, weights):
+    args = inputs(mask_name, *lengths)
+    assert_close(
+        results(KERNELS[name], *args, weights=weights),
+        results(reference, *args, weights=weights),
+        TOLERANCE["float64"],
+    )
+
+
+@pytest.mark.parametrize("weights", [None, "mean", "heads"])
+@pytest.mark.parametrize("rate", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("name", KERNELS.keys() - {"reference"})
+def test_every_kernel_drops_the_same_elements(name, rate, weights):
+    args = inputs("causal-open", 1500, 700)
+    dropout = Dropout.from_rng(jax.random.key(0), rate)
+    assert_close(
+        results(KERNELS[name], *args, dropout=dropout, weights=weights),
+        results(reference, *args, dropout=dropout, weights=weights),
+        TOLERANCE["float64"],
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_narrow_dtypes_are_close_to_the_truth_and_keep_their_dtype(name, dtype):
+    narrow = inputs("padding", 129, 129, dtype)
+    wide = tuple(x.astype("float64") for x in narrow[:3])
+    gradients, (out,) = results(KERNELS[name], *narrow)
+    assert {x.dtype for x in (*gradients[:3], out)} == {jnp.dtype(dtype)}
+    assert_close(
+        (gradients, (out,)), results(reference, *wide, narrow[3]), TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_vmap_is_the_batch(name):
+    query, key, value, _ = inputs("none", 129, 7)
+    attend = functools.partial(
+        KERNELS[name].attend, mask=Mask(), scale=SCALE, dropout=None
+    )
+    vmapped = jax.vmap(lambda *args: attend(*(x[None] for x in args))[0])
+    np.testing.assert_allclose(
+        vmapped(query, key, value), attend(query, key, value), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
+def test_empty_axes_give_zeros(name, shape):
+    batch, tgt, src = shape
+    query = jnp.ones((batch, tgt, HEADS, HEAD_DIM))
+    key = jnp.ones((batch, src, HEADS, HEAD_DIM))
+    options = dict(scale=SCALE, dropout=None)
+    kernel = KERNELS[name]
+    out, weights = kernel.attend_with_weights(
+        query, key, key, Mask(), average=False, **options
+    )
+    assert weights.shape == (batch, HEADS, tgt, src)
+    np.testing.assert_array_equal(out, jnp.zeros_like(query))
+    out = kernel.attend(query, key, key, Mask(), **options)
+    np.testing.assert_array_equal(out, jnp.zeros_like(query))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_scale_has_a_gradient(name):
+    query, key, value, mask = inputs("none", 7, 7)
+
+    def loss(scale, kernel):
+        out = kernel.attend(query, key, value, mask, scale=scale, dropout=None)
+        return jnp.sum(out**2)
+
+    grad = jax.grad(loss)(0.3, KERNELS[name])
+    step = 1e-6
+    numeric = (loss(0.3 + step, reference) - loss(0.3 - step, reference)) / (2 * step)
+    np.testing.assert_allclose(grad, numeric, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_can_be_differentiated_again(name):
+    query, key, value, mask = inputs("causal", 700, 600, batch=1)
+
+    def penalty(query, kernel):
+        def loss(query):
+            out = kernel.attend(query, key, value, mask, scale=SCALE, dropout=None)
+            return jnp.sum(jnp.sin(out))
+
+        return jnp.sum(jax.grad(loss)(query) ** 2)
+
+    assert_close(
+        jax.jit(jax.grad(penalty), static_argnums=1)(query, KERNELS[name]),
+        jax.jit(jax.grad(penalty), static_argnums=1)(query, reference),
+        1e-9,
+    )
