@@ -27,7 +27,13 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(
-    batch: int, heads: int, tgt_len: int, src_len: int, *, whole_rows: bool, skip: bool
+    batch: int,
+    heads: int,
+    tgt_len: int,
+    src_len: int,
+    *,
+    weights: str | None,
+    skip: bool,
 ) -> BlockSizes:
     """Chooses the block, from measurements on CPUs with 1 MB of L2 cache for each core.
 
@@ -36,13 +42,14 @@ def block_sizes(
     with several heads, then with several sequences.
 
     Args:
-        whole_rows: A block must hold all keys of its queries.
+        weights: "mean" and "heads" want all keys in a block, and "mean" one head, which
+            it then adds to the mean in one pass.
         skip: Blocks of keys may be skipped, which pays more the smaller they are.
     """
     rows = _even_split(tgt_len, 512)
-    limit = max(src_len, 1) if whole_rows else 512 if skip else 4096
+    limit = max(src_len, 1) if weights else 512 if skip else 4096
     columns = _even_split(src_len, limit)
-    budget = 2**19 // (rows * columns)
+    budget = 1 if weights == "mean" else 2**19 // (rows * columns)
     block_heads = _largest_divisor(heads, budget)
     block_batch = _largest_divisor(batch, budget // heads)
     return BlockSizes(block_batch, block_heads, rows, columns)
@@ -117,8 +124,8 @@ class Blocks:
         return _add(x, part.swapaxes(1, 2), start)
 
     def add_columns(self, x: Array, part: Array, corner: "Corner", column) -> Array:
-        start = (corner.batch, column, corner.head, 0)
-        return _add(x, part.swapaxes(1, 2), start)
+        """Returns (batch, heads, dim, src) with `part` added."""
+        return _add(x, part, (corner.batch, corner.head, 0, column))
 
     def read(self, x: Array, corner: "Corner", columns: int, column=0) -> Array:
         """Returns the block's part of (#batch, #heads, #tgt, src)."""

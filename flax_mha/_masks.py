@@ -19,8 +19,10 @@ class Mask:
     that a (batch, 1, 1, src) padding mask and a (1, 1, tgt, src) mask stay that small.
     """
 
-    # Boolean, True = may attend. Where there are several, all of them must be True.
+    # Boolean, True = may attend, and True = may not attend: both, because inverting a
+    # mask for each head would copy the largest array of the call.
     allowed: tuple[MaskArray, ...] = ()
+    blocked: tuple[MaskArray, ...] = ()
     # Floating point, added to the scaled logits, all of them.
     attn_bias: tuple[MaskArray, ...] = ()
     # Query i may attend to keys 0 to i (aligned top left, also if lengths differ).
@@ -48,6 +50,7 @@ class Mask:
             first_row, first_column: Where these logits begin, if they are a block.
         """
         parts = [_additive(mask, dtype) for mask in self.allowed]
+        parts += [_additive(~mask, dtype) for mask in self.blocked]
         if self.attn_bias:
             parts.append(_add_in_common_dtype(self.attn_bias).astype(dtype))
         if self.is_causal:
@@ -67,6 +70,7 @@ class Mask:
         return dataclasses.replace(
             self,
             allowed=tuple(map(function, self.allowed)),
+            blocked=tuple(map(function, self.blocked)),
             attn_bias=tuple(map(function, self.attn_bias)),
         )
 
@@ -110,7 +114,7 @@ def from_torch_masks(
         shape = (batch, num_heads, *attn_mask.shape[1:])
         masks.append(jnp.reshape(attn_mask, shape))
     return Mask(
-        allowed=tuple(~mask for mask in masks if mask.dtype == jnp.bool_),
+        blocked=tuple(mask for mask in masks if mask.dtype == jnp.bool_),
         attn_bias=tuple(mask for mask in masks if mask.dtype != jnp.bool_),
         is_causal=is_causal,
         open_columns=open_columns,

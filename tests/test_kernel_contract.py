@@ -1,5 +1,6 @@
 """What every kernel must do, against the definition in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,7 @@ def per_head(rng, batch, tgt, src):
     shape = (batch, HEADS, tgt, src)
     return Mask(
         allowed=(rng.random((batch, 1, 1, src)) < 0.9,),
+        blocked=(rng.random((1, HEADS, tgt, src)) < 0.1,),
         attn_bias=(rng.normal(size=shape),),
     )
 
@@ -71,7 +73,7 @@ def results(kernel, query, key, value, mask, *, weights=None, dropout=None):
     """Returns what the kernel computes, and all its gradients."""
 
     def loss(query, key, value, attn_bias):
-        parts = Mask(mask.allowed, attn_bias, mask.is_causal, mask.open_columns)
+        parts = dataclasses.replace(mask, attn_bias=attn_bias)
         options = dict(scale=SCALE, dropout=dropout)
         if weights is None:
             out = (kernel.attend(query, key, value, parts, **options),)
