@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax_mha import _checks, _dispatch
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask, from_torch_masks
+from flax_mha._params import SEPARATE_WEIGHTS
 from flax_mha._typing import (
     Array,
     ArrayLike,
@@ -23,9 +24,8 @@ from flax_mha._typing import (
     QueryHeads,
     Value,
     ValueHeads,
+    accumulation_dtype,
 )
-
-_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def multi_head_attention(
@@ -118,11 +118,9 @@ def multi_head_attention(
         precision=precision,
         implementation=implementation,
     )
-    out = jnp.einsum(
-        "bqhd,ehd->bqe", attended, params["out_proj.weight"], precision=precision
-    )
-    if "out_proj.bias" in params:
-        out = out + params["out_proj.bias"][None, None]
+    bias = params.get("out_proj.bias")
+    bias = None if bias is None else bias[None, None]
+    out = _linear("bqhd,ehd->bqe", attended, params["out_proj.weight"], bias, precision)
     if unbatched:
         return out[0], None if weights is None else weights[0]
     return out if batch_first else out.swapaxes(0, 1), weights
@@ -174,13 +172,25 @@ def _project(
         if packed:
             weight = params["in_proj_weight"][rows]
         else:
-            weight = params[_SEPARATE[rows.start]][None]
-        heads = jnp.einsum("ble,chde->cblhd", x, weight, precision=precision)
-        if "in_proj_bias" in params:
-            heads = heads + params["in_proj_bias"][rows, None, None]
-        projected.extend(heads)
+            weight = params[SEPARATE_WEIGHTS[rows.start]][None]
+        bias = params.get("in_proj_bias")
+        bias = None if bias is None else bias[rows, None, None]
+        projected.extend(_linear("ble,chde->cblhd", x, weight, bias, precision))
     q, k, v = projected
     return q, k, v
+
+
+def _linear(
+    equation: str, x: Array, weight: Array, bias: Array | None, precision: Precision
+) -> Array:
+    """Returns the product plus bias, rounded once to the dtype of `x`."""
+    wide = accumulation_dtype(x.dtype)
+    out = jnp.einsum(
+        equation, x, weight, precision=precision, preferred_element_type=wide
+    )
+    if bias is not None:
+        out = out + bias.astype(wide)
+    return out.astype(x.dtype)
 
 
 def _with_extra_columns(

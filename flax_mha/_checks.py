@@ -123,14 +123,14 @@ def floating(**arrays: ArrayLike) -> None:
         _floating(name, array)
 
 
-def mask_dtypes(**masks: ArrayLike | None) -> None:
+def mask_dtypes(true_means: str = "may not attend", **masks: ArrayLike | None) -> None:
     for name, mask in masks.items():
         if mask is None:
             continue
         _array(name, mask)
         if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
             raise TypeError(
-                f"{name} must be boolean (True = may not attend) or floating point "
+                f"{name} must be boolean (True = {true_means}) or floating point "
                 f"(added to the logits), got dtype {mask.dtype}."
             )
 
@@ -148,16 +148,16 @@ def ranks(
             "query must be 3-D (batched) or 2-D (unbatched), "
             f"got {query.ndim}-D of shape {query.shape}."
         )
-    kind = f"{'batched (3-D)' if query.ndim == 3 else 'unbatched (2-D)'} query"
+    kind = "a batched (3-D)" if query.ndim == 3 else "an unbatched (2-D)"
     for name, array in (("key", key), ("value", value)):
         if array.ndim != query.ndim:
             raise ValueError(
-                f"{name} must be {query.ndim}-D, as a {kind} wants; "
+                f"{name} must be {query.ndim}-D, as {kind} query wants; "
                 f"got {array.ndim}-D of shape {array.shape}."
             )
     if key_padding_mask is not None and key_padding_mask.ndim != query.ndim - 1:
         raise ValueError(
-            f"key_padding_mask must be {query.ndim - 1}-D, as a {kind} wants; "
+            f"key_padding_mask must be {query.ndim - 1}-D, as {kind} query wants; "
             f"got {key_padding_mask.ndim}-D of shape {key_padding_mask.shape}."
         )
     if attn_mask is not None and attn_mask.ndim not in (2, 3):
@@ -308,6 +308,11 @@ def functional_parameters(
         if not any(_has_shape(param, shape) for shape in wanted[torch_name]):
             shape = str(wanted[torch_name][0]).replace("None", "any")
             raise ValueError(f"{name} must have shape {shape}, got {param.shape}.")
+    if "bias_k" in params and params["bias_k"].size != params["bias_v"].size:
+        raise ValueError(
+            "bias_k and bias_v must have the same shape, got "
+            f"{params['bias_k'].shape} and {params['bias_v'].shape}."
+        )
     return params
 
 
@@ -332,7 +337,7 @@ def scaled_dot_product(
     """Checks a call of `scaled_dot_product_attention`; returns its leading axes."""
     arrays = dict(query=query, key=key, value=value)
     floating(**arrays)
-    mask_dtypes(attn_mask=attn_mask)
+    mask_dtypes(true_means="may attend", attn_mask=attn_mask)
     shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
     least = 3 if enable_gqa else 2
     for name, array in arrays.items():
@@ -390,6 +395,12 @@ def mergeable_masks(
     attn_mask: ArrayLike | None, key_padding_mask: ArrayLike | None, query: ArrayLike
 ) -> None:
     """Checks a call of `MultiheadAttention.merge_masks`."""
+    _array("query", query)
+    for name, mask in dict(
+        attn_mask=attn_mask, key_padding_mask=key_padding_mask
+    ).items():
+        if mask is not None:
+            _array(name, mask)
     if query.ndim != 3:
         raise ValueError(
             "query must be 3-D, (batch, length, embed_dim), to merge masks; "
@@ -437,4 +448,6 @@ def _describe(value: Any) -> str:
         return f"an array of shape {value.shape}"
     if value is None or isinstance(value, str | numbers.Number):
         return repr(value)
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix(
+        "builtins."
+    )

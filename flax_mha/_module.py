@@ -67,6 +67,8 @@ class MultiheadAttention(nn.Module):
         _checks.constructor(self.embed_dim, self.num_heads, self.kdim, self.vdim)
         _checks.probability("dropout", self.dropout)
         _checks.floating_dtype("param_dtype", self.param_dtype)
+        if self.dtype is not None:
+            _checks.floating_dtype("dtype", self.dtype)
         self.kdim = self.embed_dim if self.kdim is None else self.kdim
         self.vdim = self.embed_dim if self.vdim is None else self.vdim
         super().__post_init__()

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
 
+SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -48,10 +50,17 @@ def parameter_table(
     vdim: int | None = None,
     bias: bool = True,
     add_bias_kv: bool = False,
+    packed: bool | None = None,
 ) -> dict[str, ParamSpec]:
-    """Returns PyTorch's parameters by name, in the order of its state_dict."""
+    """Returns PyTorch's parameters by name, in the order of its state_dict.
+
+    Args:
+        packed: Whether the weights of the in-projection are one, `in_proj_weight`;
+            None: as in PyTorch, if all three have the same shape.
+    """
     kdim = embed_dim if kdim is None else kdim
     vdim = embed_dim if vdim is None else vdim
+    packed = kdim == vdim == embed_dim if packed is None else packed
     head_dim = embed_dim // num_heads
     heads = (num_heads, head_dim)
 
@@ -64,7 +73,7 @@ def parameter_table(
         )
 
     table = {}
-    if kdim == vdim == embed_dim:
+    if packed:
         table["in_proj_weight"] = ParamSpec(
             torch_shape=(3 * embed_dim, embed_dim),
             shape=(3, *heads, embed_dim),
@@ -72,9 +81,8 @@ def parameter_table(
             init=xavier_uniform(3 * embed_dim, embed_dim),
         )
     else:
-        table["q_proj_weight"] = projection(embed_dim)
-        table["k_proj_weight"] = projection(kdim)
-        table["v_proj_weight"] = projection(vdim)
+        sources = (embed_dim, kdim, vdim)
+        table.update(zip(SEPARATE_WEIGHTS, map(projection, sources), strict=True))
     if bias:
         table["in_proj_bias"] = ParamSpec(
             torch_shape=(3 * embed_dim,),

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_mha import _checks
 from flax_mha._module import MultiheadAttention
-from flax_mha._params import ParamSpec, parameter_table
+from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{str(path)!r} must hold a state_dict of tensors, got {what}."
         )
-    return {name: _as_numpy(name, tensor) for name, tensor in state_dict.items()}
+    return _as_numpy(state_dict)
 
 
 def params_from_state_dict(
@@ -96,8 +96,8 @@ def params_from_state_dict(
         ValueError: A key is missing, unexpected or misshapen (all are listed), or
             `num_heads` does not divide embed_dim.
     """
-    layer = _below(prefix, state_dict)
-    shapes = {name: tuple(tensor.shape) for name, tensor in layer.items()}
+    layer = _as_numpy(_below(prefix, state_dict))
+    shapes = {name: array.shape for name, array in layer.items()}
     table = _table(shapes, _embed_dim(shapes), num_heads)
     _check_names_and_shapes(
         shapes,
@@ -105,10 +105,7 @@ def params_from_state_dict(
         "state_dict must be that of a torch.nn.MultiheadAttention",
     )
     return unflatten_dict(
-        {
-            name: _as_numpy(name, layer[name]).reshape(spec.shape)
-            for name, spec in table.items()
-        },
+        {name: layer[name].reshape(spec.shape) for name, spec in table.items()},
         sep=".",
     )
 
@@ -125,8 +122,8 @@ def state_dict_from_params(
     Raises:
         ValueError: A parameter is missing, unexpected or misshapen; all are listed.
     """
-    flat: dict[str, Any] = flatten_dict(params, sep=".")
-    shapes = {name: tuple(param.shape) for name, param in flat.items()}
+    flat = _as_numpy(flatten_dict(params, sep="."))
+    shapes = {name: param.shape for name, param in flat.items()}
     if len(shapes.get("out_proj.weight", ())) != 3:
         raise ValueError(
             "params must hold out_proj.weight of shape (embed_dim, num_heads, "
@@ -140,7 +137,7 @@ def state_dict_from_params(
     )
     prefix = _dotted(prefix)
     return {
-        prefix + name: _as_numpy(name, flat[name]).reshape(spec.torch_shape)
+        prefix + name: flat[name].reshape(spec.torch_shape)
         for name, spec in table.items()
     }
 
@@ -187,7 +184,7 @@ def _below(prefix: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if not layer:
         raise ValueError(
             f"prefix must begin some names of the state_dict, got {prefix!r}; "
-            f"its names are {_few(list(state_dict))}."
+            f"its names are {_few(list(state_dict)) or 'none'}"
         )
     return layer
 
@@ -204,7 +201,7 @@ def _embed_dim(shapes: Mapping[str, tuple[int, ...]]) -> int:
     found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     raise ValueError(
         "state_dict must be that of a torch.nn.MultiheadAttention, with "
-        f"out_proj.weight; got {found}.{_look_alike(shapes)}"
+        f"out_proj.weight; got {found}.{_hint(shapes)}"
     )
 
 
@@ -213,15 +210,17 @@ def _table(
 ) -> dict[str, ParamSpec]:
     """Returns the table that these names come closest to, in either's shapes."""
     _checks.constructor(embed_dim, num_heads)
-    kdim = vdim = None
-    if "in_proj_weight" not in shapes:
-        kdim = (shapes.get("k_proj_weight") or (embed_dim,))[-1]
-        vdim = (shapes.get("v_proj_weight") or (embed_dim,))[-1]
+    separate = [shapes.get(name) for name in SEPARATE_WEIGHTS]
+    kdim, vdim = ((shape or (embed_dim,))[-1] for shape in separate[1:])
+    packed = "in_proj_weight" in shapes or not any(separate)
     return parameter_table(
         embed_dim,
-        num_heads,
+        int(num_heads),
         kdim=kdim,
         vdim=vdim,
+        # All three of the shape that is packed are another layer's; one that lacks is
+        # missing.
+        packed=packed or (kdim == vdim == embed_dim and all(separate)),
         bias="in_proj_bias" in shapes or "out_proj.bias" in shapes,
         add_bias_kv="bias_k" in shapes or "bias_v" in shapes,
     )
@@ -254,32 +253,45 @@ def _check_names_and_shapes(
     ):
         if names:
             lines.append(f"  {title}: {'; '.join(names)}")
-    raise ValueError("\n".join(lines) + _look_alike(shapes))
+    raise ValueError("\n".join(lines) + _hint(shapes))
 
 
-def _look_alike(names: Iterable[str]) -> str:
+def _hint(names: Iterable[str]) -> str:
     for key, what in _LOOK_ALIKES.items():
         if key in names:
             return f"\n  {key} belongs to another attention: {what}."
+    suffix = ".out_proj.weight"
+    layers = [
+        repr(name.removesuffix(suffix)) for name in names if name.endswith(suffix)
+    ]
+    if layers:
+        return f"\n  There are layers at prefix {_few(layers)}."
     return ""
 
 
 def _few(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join([*names[:limit], *["..."][: len(names) > limit]])
 
 
-def _as_numpy(name: str, tensor: Any) -> np.ndarray:
-    """Returns the same bytes as a NumPy array, without a copy if it can."""
-    if isinstance(tensor, np.ndarray | jax.Array):
-        return np.asarray(tensor)
-    if not hasattr(tensor, "detach"):
-        raise TypeError(
-            f"{name} must be a torch tensor, NumPy array or JAX array, "
-            f"got {type(tensor)}."
-        )
+def _as_numpy(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the same bytes as NumPy arrays, without a copy where it can."""
+    arrays = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, np.ndarray | jax.Array):
+            arrays[name] = np.asarray(tensor)
+        elif hasattr(tensor, "detach"):  # of a torch tensor; torch may not be installed
+            arrays[name] = _torch_as_numpy(tensor.detach().cpu())
+        else:
+            raise TypeError(
+                f"{name} must be a torch tensor, NumPy array or JAX array, "
+                f"got {type(tensor)}."
+            )
+    return arrays
+
+
+def _torch_as_numpy(tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
-    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:  # which NumPy knows only through ml_dtypes
         return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
     return tensor.numpy()

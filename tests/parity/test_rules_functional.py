@@ -1,0 +1,547 @@
+"""torch.nn.functional's two attention functions."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from flax_mha import functional
+from tests.parity._live import (
+    IMPLEMENTATION,
+    TORCH_ERRORS,
+    Pair,
+    causal_mask,
+    inputs,
+    normal,
+)
+
+EMBED, HEADS, TGT, SRC, BATCH = 6, 3, 4, 5, 2
+
+
+def pair(name):
+    theirs, ours = getattr(torch.nn.functional, name), getattr(functional, name)
+    return Pair(
+        torch_call=lambda _, **call: theirs(**call),
+        our_call=lambda _, **call: ours(**call, implementation=IMPLEMENTATION),
+    )
+
+
+FORWARD = pair("multi_head_attention_forward")
+RNG = jax.random.key(0)
+SDPA = pair("scaled_dot_product_attention")
+need_weights = pytest.mark.parametrize(
+    "need_weights", [True, False], ids=["weights", "no_weights"]
+)
+
+
+def signature(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, p.default, p.kind) for p in parameters]
+
+
+# --- multi_head_attention_forward -----------------------------------------------------
+
+
+def forward_call(batch=BATCH, **options):
+    """A call with random parameters, none of them zero; its `options` replaced."""
+    arrays = dict(
+        zip(("query", "key", "value"), inputs(TGT, SRC, batch), strict=True),
+        in_proj_weight=normal(3 * EMBED, EMBED, seed=3),
+        in_proj_bias=normal(3 * EMBED, seed=4),
+        out_proj_weight=normal(EMBED, EMBED, seed=5),
+        out_proj_bias=normal(EMBED, seed=6),
+    )
+    others = dict(
+        embed_dim_to_check=EMBED,
+        num_heads=HEADS,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+    )
+    return arrays | others | options
+
+
+def separate_call(**options):
+    """A call with separate weights for 6, 3 and 8 features."""
+    query, key, value = inputs(TGT, SRC, BATCH, features=(EMBED, 3, 8))
+    separate = dict(
+        query=query,
+        key=key,
+        value=value,
+        in_proj_weight=None,
+        use_separate_proj_weight=True,
+        q_proj_weight=normal(EMBED, EMBED, seed=7),
+        k_proj_weight=normal(EMBED, 3, seed=8),
+        v_proj_weight=normal(EMBED, 8, seed=9),
+    )
+    return forward_call(**(separate | options))
+
+
+def statics(src_len=SRC, batch=BATCH):
+    return dict(
+        static_k=normal(batch * HEADS, src_len, EMBED // HEADS, seed=7),
+        static_v=normal(batch * HEADS, src_len, EMBED // HEADS, seed=8),
+    )
+
+
+def extra_bias(*shape):
+    return dict(bias_k=normal(*shape, seed=7), bias_v=normal(*shape, seed=8))
+
+
+def test_arguments_have_torchs_order_and_defaults():
+    theirs = signature(torch.nn.functional.multi_head_attention_forward)
+    ours = signature(functional.multi_head_attention_forward)
+    assert ours[: len(theirs)] == theirs
+    assert all(kind == inspect.Parameter.KEYWORD_ONLY for *_, kind in ours[25:])
+
+
+CALLS = {
+    "plain": forward_call(),
+    "unbatched": forward_call(batch=None),
+    "no_in_proj_bias": forward_call(in_proj_bias=None),
+    "no_out_proj_bias": forward_call(out_proj_bias=None),
+    "extra_bias": forward_call(**extra_bias(1, 1, EMBED)),
+    "extra_bias-flat": forward_call(**extra_bias(EMBED)),
+    "extra_bias-2_keys": forward_call(**extra_bias(2, 1, EMBED)),
+    "zero_attn": forward_call(add_zero_attn=True),
+    "separate": separate_call(),
+    "separate-no_in_proj_bias": separate_call(in_proj_bias=None),
+    "in_proj_weight_is_not_read": separate_call(in_proj_weight=normal(2, 2)),
+    "separate_weights_are_not_read": forward_call(q_proj_weight=normal(2, 2)),
+    "4_output_features": forward_call(
+        out_proj_weight=normal(4, EMBED), out_proj_bias=normal(4)
+    ),
+    "per_head": forward_call(average_attn_weights=False),
+    "masks": forward_call(
+        attn_mask=normal(TGT, SRC), key_padding_mask=normal(BATCH, SRC)
+    ),
+    "static": forward_call(**statics()),
+    "static-longer": forward_call(**statics(7)),
+    "static-unbatched": forward_call(batch=None, **statics(7, batch=1)),
+    "static-no_batch_elements": forward_call(batch=0, **statics(batch=0)),
+    "static-zero_attn": forward_call(**statics(7), add_zero_attn=True),
+    "static_k": forward_call(static_k=statics()["static_k"]),
+    "static_v": forward_call(static_v=statics()["static_v"]),
+    "static-padded": forward_call(**statics(7), key_padding_mask=normal(BATCH, 7)),
+    "static-masked": forward_call(**statics(), attn_mask=normal(TGT, SRC)),
+    "causal": forward_call(attn_mask=causal_mask(TGT, SRC), is_causal=True),
+}
+by_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@by_call
+@need_weights
+def test_call(call, need_weights):
+    FORWARD.agree(**call, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("name", ["extra_bias-2_keys", "separate", "static-longer"])
+def test_gradients(name):
+    FORWARD.gradients_agree(**CALLS[name], jit=True)
+
+
+def test_training_is_true_by_default():
+    call = forward_call(dropout_p=1.0)
+    for run, options in ((FORWARD.in_torch, {}), (FORWARD.ours, dict(dropout_rng=RNG))):
+        out, weights = run(**call, **options)
+        assert not weights.any()
+        np.testing.assert_array_equal(out[0, 0], call["out_proj_bias"])
+
+
+def test_without_training_dropout_p_has_no_effect():
+    FORWARD.agree(**forward_call(dropout_p=0.5, training=False))
+
+
+def test_separate_weights_split_from_the_packed_one_give_the_same():
+    call = forward_call()
+    parts = np.split(call["in_proj_weight"], 3)
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    got, _ = FORWARD.agree(
+        **call | dict(zip(names, parts, strict=True)), use_separate_proj_weight=True
+    )
+    want, _ = FORWARD.ours(**call)
+    np.testing.assert_allclose(got, want)
+
+
+def test_static_heads_replace_whatever_key_and_value_hold():
+    first, _ = FORWARD.ours(**forward_call(**statics()))
+    others = dict(key=normal(SRC, BATCH, EMBED), value=normal(SRC, BATCH, EMBED))
+    second, _ = FORWARD.ours(**forward_call(**statics(), **others))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_static_heads_count_heads_inside_the_batch():
+    """Row n * num_heads + h is head h of batch element n."""
+    static = statics()
+    before, _ = FORWARD.ours(**forward_call(**static))
+    static["static_v"][1 * HEADS + 2] += 1
+    after, _ = FORWARD.agree(**forward_call(**static))
+    changed = (before != after).any((0, 2))
+    np.testing.assert_array_equal(changed, [False, True])
+
+
+def test_attn_mask_with_static_heads_of_another_length_fits_the_static_heads():
+    """PyTorch refuses every shape: it checks against key, then needs the other."""
+    static, key = statics(7), normal(7, BATCH, EMBED)
+    mask = normal(TGT, 7)
+    with pytest.raises(TORCH_ERRORS):
+        FORWARD.in_torch(**forward_call(**static, attn_mask=mask))
+    got, _ = FORWARD.ours(**forward_call(**static, attn_mask=mask))
+    want, _ = FORWARD.agree(
+        **forward_call(**static, attn_mask=mask, key=key, value=key)
+    )
+    np.testing.assert_allclose(got, want)
+
+
+def test_masks_leave_open_what_several_extra_keys_add_though_torch_refuses_them():
+    bias, mask = extra_bias(2, 1, EMBED), normal(BATCH, SRC)
+    with pytest.raises(TORCH_ERRORS):
+        FORWARD.in_torch(**forward_call(**bias, key_padding_mask=mask))
+    _, weights = FORWARD.ours(
+        **forward_call(**bias, key_padding_mask=np.full_like(mask, -np.inf))
+    )
+    np.testing.assert_allclose(weights[..., SRC:].sum(-1), 1)
+
+
+REFUSED = {
+    "embed_dim": (ValueError, forward_call(embed_dim_to_check=9)),
+    "num_heads_does_not_divide": (ValueError, forward_call(num_heads=4)),
+    "num_heads_0": (ValueError, forward_call(num_heads=0)),
+    "no_in_proj_weight": (ValueError, forward_call(in_proj_weight=None)),
+    "no_q_proj_weight": (ValueError, separate_call(q_proj_weight=None)),
+    "no_k_proj_weight": (ValueError, separate_call(k_proj_weight=None)),
+    "no_v_proj_weight": (ValueError, separate_call(v_proj_weight=None)),
+    "no_out_proj_weight": (TypeError, forward_call(out_proj_weight=None)),
+    "in_proj_weight_rows": (ValueError, forward_call(in_proj_weight=normal(6, 6))),
+    "in_proj_bias_length": (ValueError, forward_call(in_proj_bias=normal(9))),
+    "separate-in_proj_bias_length": (ValueError, separate_call(in_proj_bias=normal(9))),
+    "k_proj_weight_columns": (ValueError, separate_call(k_proj_weight=normal(6, 4))),
+    "v_proj_weight_rows": (ValueError, separate_call(v_proj_weight=normal(4, 8))),
+    "out_proj_weight_columns": (ValueError, forward_call(out_proj_weight=normal(6, 4))),
+    "out_proj_bias_length": (ValueError, forward_call(out_proj_bias=normal(4))),
+    "only_bias_k": (ValueError, forward_call(bias_k=normal(EMBED))),
+    "only_bias_v": (ValueError, forward_call(bias_v=normal(EMBED))),
+    "bias_for_each_batch_element": (ValueError, forward_call(**extra_bias(1, 2, 6))),
+    "bias_features": (ValueError, forward_call(**extra_bias(1, 1, 4))),
+    "bias_k_longer": (
+        ValueError,
+        forward_call(bias_k=normal(2, 1, EMBED), bias_v=normal(1, 1, EMBED)),
+    ),
+    "bias_v_longer": (
+        ValueError,
+        forward_call(bias_k=normal(1, 1, EMBED), bias_v=normal(2, 1, EMBED)),
+    ),
+    "static_rows": (ValueError, forward_call(**statics(batch=1))),
+    "static_head_dim": (ValueError, forward_call(static_k=normal(6, SRC, 3))),
+    "static_rank": (ValueError, forward_call(static_v=normal(SRC, 2))),
+    "static_lengths_differ": (ValueError, forward_call(static_k=normal(6, 7, 2))),
+    "static_k_and_bias": (
+        ValueError,
+        forward_call(**extra_bias(EMBED), static_k=normal(6, SRC, 2)),
+    ),
+    "static_v_and_bias": (
+        ValueError,
+        forward_call(**extra_bias(EMBED), static_v=normal(6, SRC, 2)),
+    ),
+    "static-attn_mask_of_key": (
+        ValueError,
+        forward_call(**statics(7), attn_mask=normal(TGT, SRC)),
+    ),
+    "static-padding_of_key": (
+        ValueError,
+        forward_call(**statics(7), key_padding_mask=normal(BATCH, SRC)),
+    ),
+    "dropout_p": (ValueError, forward_call(dropout_p=1.5)),
+    "key_features_beside_static": (
+        ValueError,
+        forward_call(**statics(), key=normal(SRC, BATCH, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("error, call", REFUSED.values(), ids=REFUSED)
+def test_call_is_refused(error, call):
+    FORWARD.both_raise(error, **call)
+
+
+def test_dropout_in_training_needs_a_random_key():
+    with pytest.raises(ValueError, match="dropout_rng"):
+        FORWARD.ours(**forward_call(dropout_p=0.5))
+
+
+# --- scaled_dot_product_attention -----------------------------------------------------
+
+
+def qkv(query, key=None, value=None):
+    """A query, key and value of these shapes; key and value like the one before."""
+    key = key or query
+    return [normal(*s, seed=i) for i, s in enumerate((query, key, value or key))]
+
+
+FOUR_AXES = qkv((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 8))
+
+
+def test_sdpa_arguments_have_torchs_order_and_defaults():
+    # PyTorch's is a built-in function, whose signature is in its documentation only.
+    parameters = signature(functional.scaled_dot_product_attention)
+    assert [(name, default) for name, default, _ in parameters[3:8]] == [
+        ("attn_mask", None),
+        ("dropout_p", 0.0),
+        ("is_causal", False),
+        ("scale", None),
+        ("enable_gqa", False),
+    ]
+    want, got = (
+        f.scaled_dot_product_attention(*map(make, FOUR_AXES), None, 0.0, True)
+        for f, make in ((torch.nn.functional, torch.tensor), (functional, np.asarray))
+    )
+    np.testing.assert_allclose(got, want)
+
+
+@pytest.mark.parametrize("option", [dict(scale=1.0), dict(enable_gqa=False)], ids=str)
+def test_sdpa_options_are_keyword_only(option):
+    for f, make in ((torch.nn.functional, torch.tensor), (functional, np.asarray)):
+        with pytest.raises(TypeError, match="positional arg"):
+            f.scaled_dot_product_attention(
+                *map(make, FOUR_AXES), None, 0.0, False, *option.values()
+            )
+
+
+def test_sdpa_boolean_mask_true_may_attend():
+    """The inverse of MultiheadAttention's masks."""
+    mask = np.tri(4, 5, dtype=bool)
+    out = SDPA.agree(*FOUR_AXES, attn_mask=mask)
+    np.testing.assert_allclose(out, SDPA.ours(*FOUR_AXES, is_causal=True))
+
+
+def test_sdpa_float_mask_is_added_after_scaling():
+    SDPA.agree(*FOUR_AXES, attn_mask=normal(4, 5), scale=0.1)
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 0.5, -1.0])
+def test_sdpa_scale_may_be_any_number(scale):
+    SDPA.agree(*FOUR_AXES, scale=scale)
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (4, 5), (5, 3)], ids=str)
+def test_sdpa_is_causal_is_aligned_top_left(lengths):
+    tgt_len, src_len = lengths
+    arrays = qkv((2, 3, tgt_len, 6), (2, 3, src_len, 6))
+    (out,) = SDPA.agree(*arrays, is_causal=True)
+    (want,) = SDPA.ours(*arrays, attn_mask=~causal_mask(*lengths))
+    np.testing.assert_allclose(out, want)
+
+
+SHAPES = {
+    "2d": ((4, 6), (5, 6), (5, 8)),
+    "3d": ((2, 4, 6), (2, 5, 6), (2, 5, 8)),
+    "5d": ((2, 1, 3, 4, 6), (2, 1, 3, 5, 6), (2, 1, 3, 5, 8)),
+    "broadcast_batch": ((2, 3, 4, 6), (1, 3, 5, 6), (1, 3, 5, 8)),
+    "broadcast_heads": ((2, 3, 4, 6), (2, 1, 5, 6), (2, 1, 5, 8)),
+    "broadcast_query": ((1, 1, 4, 6), (2, 3, 5, 6), (2, 3, 5, 8)),
+    "key_and_value_differ": ((2, 3, 4, 6), (2, 1, 5, 6), (1, 3, 5, 8)),
+    "ranks_4_3_2": ((2, 3, 4, 6), (3, 5, 6), (5, 8)),
+    "ranks_2_3_4": ((4, 6), (3, 5, 6), (2, 1, 5, 8)),
+    "no_keys": ((2, 3, 4, 6), (2, 3, 0, 6), (2, 3, 0, 8)),
+    "no_queries": ((2, 3, 0, 6), (2, 3, 5, 6), (2, 3, 5, 8)),
+    "no_batch_elements": ((0, 3, 4, 6), (0, 3, 5, 6), (0, 3, 5, 8)),
+    "no_features": ((2, 3, 4, 0), (2, 3, 5, 0), (2, 3, 5, 8)),
+}
+by_shapes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+
+
+@by_shapes
+def test_sdpa_shapes(shapes):
+    SDPA.agree(*qkv(*shapes))
+
+
+@by_shapes
+def test_sdpa_shapes_with_a_mask(shapes):
+    (query, key, _), arrays = shapes, qkv(*shapes)
+    mask = normal(query[-2], key[-2]) > 0
+    mask[..., :1] = True
+    SDPA.agree(*arrays, attn_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["2d", "ranks_4_3_2"])
+def test_sdpa_gradients(name):
+    SDPA.gradients_agree(*qkv(*SHAPES[name]), attn_mask=normal(4, 5), jit=True)
+
+
+MASK_SHAPES = [
+    *((4, 5), (1, 5), (4, 1), (1, 1), (3, 4, 5), (1, 4, 5), (3, 1, 5), (3, 4, 1)),
+    *((2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 1, 5), (2, 1, 1, 5), (1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["boolean", "float"])
+def test_sdpa_mask_broadcasts(shape, kind):
+    mask = normal(*shape)
+    if kind == "boolean":
+        mask = mask > -1
+    SDPA.agree(*FOUR_AXES, attn_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4, 5), (1, 7, 1, 1, 5), (7, 3, 1, 5)])
+def test_sdpa_mask_broadcasts_over_several_batch_axes(shape):
+    arrays = qkv((2, 7, 3, 4, 6), (2, 7, 3, 5, 6))
+    SDPA.agree(*arrays, attn_mask=normal(*shape))
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 5), (1, 4, 5), (3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 5)], ids=str
+)
+def test_sdpa_mask_broadcasts_with_arrays_that_broadcast(shape):
+    SDPA.agree(*qkv((3, 4, 6), (2, 1, 5, 6)), attn_mask=normal(*shape))
+
+
+def test_sdpa_float32_mask_of_a_narrow_query_is_added():
+    arrays = [array.astype("float16") for array in FOUR_AXES]
+    mask = normal(4, 5).astype("float32")
+    got, want = (run(*arrays, attn_mask=mask)[0] for run in (SDPA.ours, SDPA.in_torch))
+    assert got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, atol=4e-3)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "float"])
+def test_sdpa_fully_masked_row_is_0_with_gradient_0(kind):
+    mask = np.ones((4, 5), bool)
+    mask[1] = False
+    if kind == "float":
+        mask = np.where(mask, 0, -np.inf)
+    (out,) = SDPA.agree(*FOUR_AXES, attn_mask=mask)
+    assert not out[:, :, 1].any()
+    grads = SDPA.gradients_agree(*FOUR_AXES, attn_mask=mask)
+    assert not grads["query"][:, :, 1].any()
+    assert all(np.isfinite(grad).all() for grad in grads.values())
+
+
+def test_sdpa_nan_in_a_masked_key_or_value_poisons():
+    mask = np.ones((4, 5), bool)
+    mask[:, 4] = False
+    for position in (1, 2):
+        arrays = [array.copy() for array in FOUR_AXES]
+        arrays[position][0, 0, 4] = np.nan
+        (out,) = SDPA.agree(*arrays, attn_mask=mask)
+        assert np.isnan(out[0, 0]).all() and np.isfinite(out[1]).all()
+
+
+def test_sdpa_float_mask_receives_a_gradient():
+    grads = SDPA.gradients_agree(*FOUR_AXES, attn_mask=normal(4, 5))
+    assert grads["attn_mask"].any()
+
+
+GROUPED = {
+    "6_query_2_kv_heads": ((2, 6, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8)),
+    "1_kv_head": ((2, 6, 4, 8), (2, 1, 5, 8), (2, 1, 5, 8)),
+    "as_many_heads": ((2, 6, 4, 8), (2, 6, 5, 8), (2, 6, 5, 8)),
+    "key_and_value_heads_differ": ((2, 6, 4, 8), (2, 3, 5, 8), (2, 2, 5, 8)),
+    "3d": ((6, 4, 8), (2, 5, 8), (2, 5, 8)),
+    "broadcast_batch": ((2, 6, 4, 8), (1, 2, 5, 8), (1, 2, 5, 8)),
+}
+
+
+@pytest.mark.parametrize("shapes", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(is_causal=True), dict(attn_mask=normal(6, 4, 5))],
+    ids=["plain", "causal", "masked"],
+)
+def test_sdpa_enable_gqa_repeats_heads_in_place(shapes, options):
+    """Query head i uses key head i // (query heads / key heads)."""
+    SDPA.agree(*qkv(*shapes), enable_gqa=True, **options)
+
+
+def test_sdpa_enable_gqa_has_torchs_gradients():
+    arrays = qkv(*GROUPED["6_query_2_kv_heads"])
+    SDPA.gradients_agree(*arrays, enable_gqa=True, jit=True)
+
+
+def test_sdpa_dropout_p_applies_without_any_training_state():
+    (full,) = SDPA.ours(*FOUR_AXES)
+    (dropped,) = SDPA.ours(*FOUR_AXES, dropout_p=0.5, dropout_rng=RNG)
+    assert (full != dropped).any()
+    ones = [*FOUR_AXES[:2], np.ones((2, 3, 5, 8))]
+    (sums,) = SDPA.ours(*ones, dropout_p=0.5, dropout_rng=RNG)
+    assert sums.max() > 1 and abs(sums.mean() - 1) < 0.5
+
+
+def test_sdpa_dropout_p_1_gives_0():
+    (want,) = SDPA.in_torch(*FOUR_AXES, dropout_p=1.0)
+    (got,) = SDPA.ours(*FOUR_AXES, dropout_p=1.0, dropout_rng=RNG)
+    np.testing.assert_array_equal(got, want)
+    assert not got.any()
+
+
+def test_sdpa_mixed_dtypes_which_torch_refuses_promote():
+    query, key, value = FOUR_AXES
+    arrays = (query.astype("float32"), key, value)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        SDPA.in_torch(*arrays)
+    with jax.numpy_dtype_promotion("standard"):
+        (got,) = SDPA.ours(*arrays)
+    assert got.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sdpa_mask_of_another_dtype_which_torch_refuses_is_added(dtype):
+    mask = normal(4, 5).astype(dtype)
+    with pytest.raises(RuntimeError, match="attn_mask dtype"):
+        SDPA.in_torch(*FOUR_AXES, attn_mask=mask)
+    (got,) = SDPA.ours(*FOUR_AXES, attn_mask=mask)
+    (want,) = SDPA.ours(*FOUR_AXES, attn_mask=mask.astype("float64"))
+    np.testing.assert_array_equal(got, want)
+
+
+SDPA_REFUSED = {
+    "query_1d": (ValueError, qkv((6,), (5, 6)), {}),
+    "key_1d": (ValueError, qkv((4, 6), (6,), (5, 6)), {}),
+    "features": (ValueError, qkv((4, 6), (5, 7)), {}),
+    "lengths": (ValueError, qkv((4, 6), (5, 6), (3, 6)), {}),
+    "batches": (ValueError, qkv((2, 4, 6), (3, 5, 6)), {}),
+    "heads": (ValueError, qkv((2, 6, 4, 8), (2, 2, 5, 8)), {}),
+    "mask_0d": (ValueError, FOUR_AXES, dict(attn_mask=np.ones((), bool))),
+    "mask_1d": (ValueError, FOUR_AXES, dict(attn_mask=np.ones(5, bool))),
+    "mask_shape": (ValueError, FOUR_AXES, dict(attn_mask=np.ones((5, 4), bool))),
+    "mask_has_more_axes": (
+        ValueError,
+        FOUR_AXES,
+        dict(attn_mask=np.ones((1, 2, 3, 4, 5), bool)),
+    ),
+    "mask_has_a_larger_batch": (
+        ValueError,
+        qkv((1, 3, 4, 6), (1, 3, 5, 6)),
+        dict(attn_mask=np.ones((2, 3, 4, 5), bool)),
+    ),
+    "mask_int": (TypeError, FOUR_AXES, dict(attn_mask=np.ones((4, 5), int))),
+    "mask_and_causal": (
+        ValueError,
+        FOUR_AXES,
+        dict(attn_mask=np.ones((4, 5), bool), is_causal=True),
+    ),
+    "integers": (TypeError, [array.astype(int) for array in FOUR_AXES], {}),
+    "complex": (TypeError, [array.astype(complex) for array in FOUR_AXES], {}),
+    "dropout_above_1": (ValueError, FOUR_AXES, dict(dropout_p=1.5)),
+    "gqa-does_not_divide": (
+        ValueError,
+        qkv((2, 6, 4, 8), (2, 4, 5, 8)),
+        dict(enable_gqa=True),
+    ),
+    "gqa-more_kv_heads": (
+        ValueError,
+        qkv((2, 2, 4, 8), (2, 6, 5, 8)),
+        dict(enable_gqa=True),
+    ),
+    "gqa-2d": (ValueError, qkv((4, 8), (5, 8)), dict(enable_gqa=True)),
+}
+
+
+@pytest.mark.parametrize(
+    "error, arrays, options", SDPA_REFUSED.values(), ids=SDPA_REFUSED
+)
+def test_sdpa_call_is_refused(error, arrays, options):
+    SDPA.both_raise(error, *arrays, **options)
