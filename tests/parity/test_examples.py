@@ -1,0 +1,51 @@
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from examples import digits_vit, train_digits_in_torch
+
+DATA = pathlib.Path(digits_vit.__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Runs the example as a reader does; returns its output folder."""
+    out = tmp_path_factory.mktemp("digits_vit")
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        digits_vit.main(["--out", str(out)])  # exits if its logits differ from torch's
+        yield out
+
+
+def test_the_example_draws_a_picture(finished):
+    assert (finished / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_torch_loads_the_finetuned_model_strictly_with_the_same_outputs(finished):
+    state_dict = load_file(finished / "digits_vit_finetuned.safetensors")
+    theirs = train_digits_in_torch.VisionTransformer()
+    theirs.load_state_dict(
+        {name: torch.from_numpy(array) for name, array in state_dict.items()},
+        strict=True,
+    )
+    theirs.eval()
+    _, images, _, _ = digits_vit.load_digits_split()
+    logits = digits_vit.predict(digits_vit.params_from_torch(state_dict), images)
+    expected = theirs(torch.from_numpy(np.asarray(images))).detach()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_finetuning_changed_the_model_and_the_way_back_is_exact(finished):
+    before = load_file(DATA / "digits_vit.safetensors")
+    after = load_file(finished / "digits_vit_finetuned.safetensors")
+    assert before.keys() == after.keys()
+    assert any((before[name] != after[name]).any() for name in before)
+    back = digits_vit.state_dict_from_params(digits_vit.params_from_torch(before))
+    assert all((back[name] == before[name]).all() for name in before)
