@@ -52,7 +52,7 @@ class Mask:
         parts = [_additive(mask, dtype) for mask in self.allowed]
         parts += [_additive(~mask, dtype) for mask in self.blocked]
         if self.attn_bias:
-            parts.append(_add_in_common_dtype(self.attn_bias).astype(dtype))
+            parts.append(_sum(self.attn_bias, dtype))
         if self.is_causal:
             covered = (1, 1, tgt_len, src_len - self.open_columns)
             row = jax.lax.broadcasted_iota(jnp.int32, covered, 2) + first_row
@@ -79,10 +79,13 @@ def _additive(allowed: MaskArray, dtype: DType) -> Array:
     return jnp.where(allowed, jnp.zeros((), dtype), -jnp.inf)
 
 
-def _add_in_common_dtype(biases: Sequence[Array]) -> Array:
-    # As PyTorch: two float16 masks of finfo.min add up to -inf, not to a finite sum.
+def _sum(biases: Sequence[Array], dtype: DType) -> Array:
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.add, biases)
+        common = jnp.result_type(*biases)
+    total = functools.reduce(jnp.add, [bias.astype(dtype) for bias in biases])
+    # As PyTorch: two float16 masks of finfo.min add up to -inf, not a finite sum. Only
+    # the sum is narrow, so that gradients are not summed in that dtype.
+    return total.astype(common).astype(dtype)
 
 
 def from_torch_masks(

@@ -1,8 +1,14 @@
 import os
 
-# Eight devices on the CPU, for the tests that shard. JAX reads this when it starts.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# JAX reads this when it starts. Eight devices on the CPU, for the tests that shard; and
+# LLVM without optimisation, as compiling takes most of the time (XLA's passes, which
+# the tests of memory look at, are the same).
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
 )
 
 import jax

@@ -193,7 +193,8 @@ def test_device_places_parameters(getkey, x):
 
 
 def test_a_sharding_places_parameters(getkey, x):
-    mesh = jax.make_mesh((8,), ("data",))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
     variables = module(device=replicated).init(getkey(), x, x, x)
     assert all(p.sharding == replicated for p in jax.tree.leaves(variables))
