@@ -126,7 +126,7 @@ class MultiheadAttention(nn.Module):
             TypeError: An argument is not an array, or not of a dtype it can have.
 
         >>> mha = MultiheadAttention(embed_dim=8, num_heads=2, batch_first=True)
-        >>> x = jnp.ones((1, 3, 8))
+        >>> x = jnp.ones((1, 3, 8), jnp.float32)
         >>> variables = mha.init(jax.random.key(0), x, x, x)
         >>> out, weights = mha.apply(variables, x, x, x)
         >>> out.shape, weights.shape

@@ -273,7 +273,7 @@ def check_against_torch(config, implementation, dtype, record_error):
     want = torch_results(config, module, arrays)
     got = our_results(config, implementation, module, arrays)
     errors = relative_errors(got, want)
-    record_error(dtype, max(errors.values()))
+    record_error(dtype, float(max(errors.values())))
     assert {name: e for name, e in errors.items() if e > TOLERANCE[dtype]} == {}
     assert {array.dtype.name for array in got.values()} == {dtype}
 
@@ -298,7 +298,7 @@ def test_low_precision_is_as_close_to_float64_as_torch(
     low = torch_results(config, module, arrays)
     exact = torch_results(config, module.double(), as_float64(arrays))
     ours, torchs = relative_errors(got, exact), relative_errors(low, exact)
-    record_error(dtype, max(ours.values()))
+    record_error(dtype, float(max(ours.values())))
     eps = float(jnp.finfo(dtype).eps)
     bound = {
         name: min(LOW_PRECISION_BOUND[dtype], 1.5 * error + eps)
