@@ -1,7 +1,7 @@
 """The same call in PyTorch and in JAX, on the same NumPy arrays.
 
-Our side runs the kernel that defines the others, as it compiles fastest. Name another
-in the environment to hold it to every rule: `RULES_IMPLEMENTATION=blockwise pytest ...`
+Our side runs the default kernel. Name another in the environment to hold it to every
+rule: `RULES_IMPLEMENTATION=reference pytest ...`
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import torch
 from flax_mha import MultiheadAttention
 from flax_mha.convert import params_from_state_dict, state_dict_from_params
 
-IMPLEMENTATION = os.environ.get("RULES_IMPLEMENTATION", "reference")
+IMPLEMENTATION = os.environ.get("RULES_IMPLEMENTATION", "blockwise")
 TORCH_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, IndexError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError),
