@@ -193,6 +193,7 @@ def main(argv=None):
     print(f"moved digits, after fine-tuning: {accuracy(params, *moved_test):.2%}")
     finetuned = state_dict_from_params(params)
     save_file(finetuned, args.out / "digits_vit_finetuned.safetensors")
+    print(f"wrote attention.png and digits_vit_finetuned.safetensors to {args.out}")
 
 
 if __name__ == "__main__":

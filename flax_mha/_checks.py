@@ -118,6 +118,21 @@ def call(
     )
 
 
+def dropout_call(rate: float, deterministic: bool | None, has_rng: bool) -> None:
+    """Checks what a call of a module with dropout needs."""
+    if deterministic is None:
+        raise ValueError(
+            "deterministic must be given, to the constructor or the call, if "
+            f"dropout={rate}: False in training, True otherwise; got None."
+        )
+    python_bools(deterministic=deterministic)
+    if not deterministic and not has_rng:
+        raise ValueError(
+            f"if dropout={rate} and deterministic=False, rngs must hold a key, as in "
+            'apply(..., rngs={"dropout": key}); got none.'
+        )
+
+
 def floating(**arrays: ArrayLike) -> None:
     for name, array in arrays.items():
         _floating(name, array)

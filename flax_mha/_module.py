@@ -20,7 +20,8 @@ class MultiheadAttention(nn.Module):
     and v are linear projections of query, key and value, and projects the heads'
     results together (Vaswani et al., arXiv:1706.03762).
 
-    The first eleven arguments are PyTorch's, in its order, with its defaults:
+    The first ten arguments are PyTorch's, in its order, with its defaults and initial
+    values; `dtype` has Flax's meaning:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html
 
     Attributes:
@@ -35,13 +36,15 @@ class MultiheadAttention(nn.Module):
         batch_first: Inputs are (batch, length, features), not PyTorch's default
             (length, batch, features).
         device: `jax.Device` or `jax.sharding.Sharding` to create parameters on.
-        dtype: Of the computation; None promotes inputs and parameters together.
-            PyTorch's `dtype` is `param_dtype`.
+        dtype: Of the computation; None promotes inputs and parameters together, so
+            that bfloat16 inputs with float32 parameters give float32. PyTorch's
+            `dtype` is `param_dtype`.
         param_dtype: Of the parameters.
-        deterministic: No dropout, as `eval()` in PyTorch. Needed, here or in the call,
-            only if `dropout > 0`.
+        deterministic: No dropout, as `eval()` in PyTorch. Needed only if `dropout > 0`,
+            here or in the call, which has precedence.
         precision: Of all products, as `jax.numpy.einsum` takes it.
-        implementation: Name of the kernel that must run ("reference"); None chooses.
+        implementation: Kernel that must run: "blockwise" (memory linear in the lengths;
+            no `jax.jvp`) or "reference" (all logits at once). None: "blockwise".
 
     Parameters have PyTorch's names and values, reshaped so that heads are an axis:
     `in_proj_weight` is (3, num_heads, head_dim, embed_dim), for example.
@@ -103,7 +106,8 @@ class MultiheadAttention(nn.Module):
             value: What is averaged, (batch, src_len, vdim).
             key_padding_mask: (batch, src_len). Boolean: **True is ignored**. Float:
                 added to the logits.
-            need_weights: Also return the attention weights.
+            need_weights: Also return the attention weights. Under `jit`, weights that
+                are not used cost nothing.
             attn_mask: (tgt_len, src_len), or (batch * num_heads, tgt_len, src_len)
                 with the heads of one batch element together. Boolean: **True may not
                 attend**. Float: added to the logits.
@@ -112,14 +116,16 @@ class MultiheadAttention(nn.Module):
                 `attn_mask` is the causal mask: as in PyTorch, it replaces `attn_mask`
                 if `need_weights=False` and there is no `key_padding_mask`, and does
                 nothing otherwise.
-            deterministic: If False, apply dropout, drawn from the "dropout" rng.
+            deterministic: If False, apply dropout, drawn from the "dropout" rng, given
+                as `apply(..., rngs={"dropout": key})`.
 
         Returns:
             The output, (batch, tgt_len, embed_dim), and the weights after dropout,
             (batch, tgt_len, src_len), or (batch, num_heads, tgt_len, src_len) if not
             averaged, or None if not needed. With `add_bias_kv` and `add_zero_attn`
             the weights have a column more for each. A query that may attend to
-            nothing gets NaN if `need_weights`, else `out_proj`'s bias, as in PyTorch.
+            nothing gets NaN if `need_weights`, and makes all gradients NaN, used or
+            not; without, it gets `out_proj`'s bias and no gradient. Both as in PyTorch.
 
         Raises:
             ValueError: Shapes disagree.
@@ -195,7 +201,10 @@ class MultiheadAttention(nn.Module):
     def _dropout(self, deterministic: bool | None) -> Dropout | None:
         if self.dropout == 0:
             return None
-        if nn.merge_param("deterministic", self.deterministic, deterministic):
+        if deterministic is None:
+            deterministic = self.deterministic
+        _checks.dropout_call(self.dropout, deterministic, self.has_rng("dropout"))
+        if deterministic:
             return None
         return Dropout.from_rng(self.make_rng("dropout"), self.dropout)
 

@@ -1,6 +1,6 @@
 """PyTorch checkpoints to Flax parameters and back.
 
-A conversion only reshapes (see `_params`): parameters are views of the checkpoint's
+A conversion only reshapes: parameters are views of the checkpoint's
 bytes, and the way back is exact, bit for bit, in every dtype. PyTorch itself is needed
 only to read its pickle files, and for `from_torch`.
 """
@@ -113,7 +113,10 @@ def params_from_state_dict(
 def state_dict_from_params(
     params: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, np.ndarray]:
-    """Returns PyTorch's state_dict; the exact inverse of `params_from_state_dict`.
+    """Returns PyTorch's state_dict, as NumPy arrays; undoes `params_from_state_dict`.
+
+    For PyTorch, save it with `safetensors.numpy.save_file` and load that with
+    `safetensors.torch.load_file`; or, but for bfloat16, make each a `torch.tensor`.
 
     Args:
         params: Of one `MultiheadAttention`, or gradients or anything in their shapes.
@@ -147,7 +150,8 @@ def from_torch(
 ) -> tuple[MultiheadAttention, dict[str, Any]]:
     """Returns the Flax module that computes what `module` does, and its parameters.
 
-    The parameters are JAX arrays, copied: `module` may go on training.
+    The parameters are JAX arrays, copied: `module` may go on training. Whether it is in
+    training mode is not taken over: pass `deterministic` if its dropout is not 0.
 
     Raises:
         TypeError: `module` is not a `torch.nn.MultiheadAttention`.
@@ -175,6 +179,11 @@ def from_torch(
 
 
 def _below(prefix: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict must map names to arrays, as module.state_dict() does, "
+            f"got {type(state_dict)}."
+        )
     prefix = _dotted(prefix)
     layer = {
         name.removeprefix(prefix): tensor

@@ -211,6 +211,19 @@ def test_dropout_needs_deterministic_only_if_it_can_drop(x, variables, getkey):
     assert not np.allclose(out, module().apply(variables, x, x, x)[0])
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        ({}, ValueError, "deterministic must be given"),
+        ({"deterministic": 1}, TypeError, "deterministic must be a Python bool"),
+        ({"deterministic": False}, ValueError, "rngs must hold a key"),
+    ],
+)
+def test_dropout_says_what_it_needs(call, error, text, x, variables):
+    with pytest.raises(error, match=text):
+        module(dropout=0.1).apply(variables, x, x, x, **call)
+
+
 def test_unknown_implementation_is_refused(x, variables):
     with pytest.raises(ValueError, match=r"None or one of .*, got 'flash'"):
         module(implementation="flash").apply(variables, x, x, x)
