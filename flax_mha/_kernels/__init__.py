@@ -12,8 +12,8 @@ A kernel that can also return the attention weights has
 attend_with_weights(..., average) -> (out, weights)
     A query allowed nothing gives NaN.
 
-To add a kernel: write its module, add it here, and name it where
-`tests/test_kernel_contract.py` lists the reasons for which it may refuse a case.
+To add a kernel: write its module and add it here; `tests/test_kernel_contract.py` then
+runs it too.
 """
 
 from flax_mha._kernels import blockwise, reference

@@ -9,12 +9,10 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import torch
 
-# Threads would wait for each other: everything here is small.
-torch.set_num_threads(1)
+from tests.parity._live import to_array, to_tensor
 
 # Relative errors, as `relative_errors` gives them.
 TOLERANCE = {"float64": 1e-9, "float32": 3e-5}
@@ -29,21 +27,6 @@ def randomize(module, rng):
         for parameter in module.parameters():
             normal = rng.standard_normal(parameter.shape)
             parameter.copy_(to_tensor(normal / np.sqrt(normal.shape[-1])))
-
-
-def to_tensor(array):
-    """A tensor with the array's values and dtype."""
-    if array.dtype == ml_dtypes.bfloat16:  # torch does not know NumPy's extension types
-        return torch.tensor(array.astype(np.float32)).to(torch.bfloat16)
-    return torch.tensor(array)
-
-
-def to_array(tensor):
-    """An array with the tensor's values and dtype."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.float().numpy().astype(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def random_cotangents(results, seed):
