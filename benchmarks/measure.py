@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import torch
 
-LIMIT_S = 3.0  # no more repeats of a contender that has run so long in one case
+LIMIT_S = 4.0  # no more repeats of a contender that has run so long in one case
 PAUSE_S = 0.1  # until thread pools no longer spin, and XLA has freed its memory
 CORES = (
     len(os.sched_getaffinity(0))

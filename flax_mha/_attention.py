@@ -174,8 +174,9 @@ def _project(
         else:
             weight = params[SEPARATE_WEIGHTS[rows.start]][None]
         bias = params.get("in_proj_bias")
-        bias = None if bias is None else bias[rows, None, None]
-        projected.extend(_linear("ble,chde->cblhd", x, weight, bias, precision))
+        bias = None if bias is None else bias[None, None, rows]
+        out = _linear("ble,chde->blchd", x, weight, bias, precision)
+        projected.extend(out[:, :, n] for n in range(out.shape[2]))
     q, k, v = projected
     return q, k, v
 

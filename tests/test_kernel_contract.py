@@ -22,6 +22,12 @@ def padding(rng, batch, tgt, src):
     return Mask(allowed=(rng.random((batch, 1, 1, src)) < 0.7,))
 
 
+def lengths(rng, batch, tgt, src):
+    """The second sequence is much shorter; all of it is padding in the third."""
+    length = np.array([src, src // 3, 0])[:batch].reshape(-1, 1, 1, 1)
+    return Mask(blocked=(np.arange(src) >= length,), open_columns=2)
+
+
 def float_mask(rng, batch, tgt, src):
     bias = np.where(rng.random((1, 1, tgt, src)) < 0.2, -np.inf, rng.normal(size=src))
     return Mask(attn_bias=(bias,))
@@ -45,6 +51,7 @@ MASKS = {
     "causal": lambda *_: Mask(is_causal=True),
     "causal-open": lambda *_: Mask(is_causal=True, open_columns=2),
     "padding": padding,
+    "lengths": lengths,
     "float": float_mask,
     "per_head": per_head,
     "dead_rows": dead_rows,
@@ -52,7 +59,7 @@ MASKS = {
 LENGTHS = [(1, 129), (129, 1), (7, 1500), (1500, 7), (1500, 1500)]
 
 
-def inputs(mask_name, tgt, src, dtype="float64", batch=2):
+def inputs(mask_name, tgt, src, dtype="float64", batch=3):
     rng = np.random.default_rng([tgt, src])
     mask = MASKS[mask_name](rng, batch, tgt, src)
     src = src + mask.open_columns
@@ -96,11 +103,11 @@ def assert_close(actual, expected, tolerance):
     jax.tree.map(compare, actual, expected)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("shape", LENGTHS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("name", KERNELS.keys() - {"reference"})
-def test_output_and_gradients(name, mask_name, lengths):
-    args = inputs(mask_name, *lengths)
+def test_output_and_gradients(name, mask_name, shape):
+    args = inputs(mask_name, *shape)
     assert KERNELS[name].unsupported(*args, dropout=None) is None
     assert_close(
         results(KERNELS[name], *args), results(reference, *args), TOLERANCE["float64"]
@@ -108,11 +115,13 @@ def test_output_and_gradients(name, mask_name, lengths):
 
 
 @pytest.mark.parametrize("weights", ["mean", "heads"])
-@pytest.mark.parametrize("mask_name", ["none", "causal-open", "per_head", "dead_rows"])
-@pytest.mark.parametrize("lengths", [(7, 7), (1500, 129)], ids=str)
+@pytest.mark.parametrize(
+    "mask_name", ["none", "causal-open", "lengths", "per_head", "dead_rows"]
+)
+@pytest.mark.parametrize("shape", [(7, 7), (1500, 129)], ids=str)
 @pytest.mark.parametrize("name", KERNELS.keys() - {"reference"})
-def test_weights_and_their_gradients(name, lengths, mask_name, weights):
-    args = inputs(mask_name, *lengths)
+def test_weights_and_their_gradients(name, shape, mask_name, weights):
+    args = inputs(mask_name, *shape)
     assert_close(
         results(KERNELS[name], *args, weights=weights),
         results(reference, *args, weights=weights),
@@ -186,6 +195,20 @@ def test_scale_has_a_gradient(name):
     step = 1e-6
     numeric = (loss(0.3 + step, reference) - loss(0.3 - step, reference)) / (2 * step)
     np.testing.assert_allclose(grad, numeric, rtol=1e-6)
+
+
+def test_blockwise_skips_blocks_of_padding():
+    query, key, value, mask = inputs("lengths", 1500, 1500)
+    hidden = jnp.arange(key.shape[1])[None, :, None, None] >= 1200
+    hidden &= jnp.arange(3).reshape(3, 1, 1, 1) > 0
+    hidden = hidden.at[:, -mask.open_columns :].set(False)
+    poisoned = jnp.where(hidden, jnp.nan, key), jnp.where(hidden, jnp.nan, value)
+    blockwise = KERNELS["blockwise"]
+    assert_close(
+        results(blockwise, query, *poisoned, mask),
+        results(blockwise, query, key, value, mask),
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("name", KERNELS)

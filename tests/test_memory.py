@@ -130,11 +130,12 @@ def test_memory_is_a_tenth_of_the_definitions(grad):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
-def test_weights_nobody_uses_cost_no_memory_and_no_operations(grad):
+def test_weights_nobody_uses_cost_no_operations_and_one_block_of_memory(grad):
     dropped, absent = (
         compiled({}, {}, LENGTH, grad=grad, need_weights=need_weights)
         for need_weights in (True, False)
     )
-    assert temporaries(dropped) <= 1.05 * temporaries(absent)
-    flops = [program.cost_analysis()["flops"] for program in (dropped, absent)]
-    assert flops[0] <= 1.01 * flops[1]
+    block = 512 * LENGTH * 4  # in bytes: weights want whole rows of the logits
+    assert temporaries(dropped) <= temporaries(absent) + block
+    for operation in (" dot(", " exponential("):
+        assert dropped.as_text().count(operation) == absent.as_text().count(operation)

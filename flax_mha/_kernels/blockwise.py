@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from flax_mha._blocks import Blocks, block_sizes
+from flax_mha._blocks import Blocks, block_sizes, is_padding
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
 from flax_mha._typing import (
@@ -65,8 +65,8 @@ def attend(
     (`jax.jvp`) works on the gradient but not on the function itself.
     """
     options = _Options(weights=None, precision=precision)
-    args = (query, key, value, mask, _array(scale, query), dropout)
-    out, _ = _attend(options, *args)
+    query, scale = _fold(scale, query)
+    out, _ = _attend(options, query, key, value, mask, scale, dropout)
     return out
 
 
@@ -87,11 +87,16 @@ def attend_with_weights(
     Under `jit`, weights that are not used are not computed.
     """
     options = _Options("mean" if average else "heads", precision)
-    return _attend(options, query, key, value, mask, _array(scale, query), dropout)
+    query, scale = _fold(scale, query)
+    return _attend(options, query, key, value, mask, scale, dropout)
 
 
-def _array(scale: float, query: QueryHeads) -> Array:
-    return jnp.asarray(scale, accumulation_dtype(query.dtype))
+def _fold(scale: float, query: QueryHeads) -> tuple[QueryHeads, Array]:
+    """Scales the queries, if that rounds no more than scaling all the logits would."""
+    scale = jnp.asarray(scale, accumulation_dtype(query.dtype))
+    if scale.dtype == query.dtype:
+        return query * scale, jnp.ones_like(scale)
+    return query, scale
 
 
 class _Options(NamedTuple):
@@ -331,7 +336,12 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 def _blocks(options, query, key, mask, dropout) -> Blocks:
     batch, tgt_len, num_heads, _ = query.shape
     shape = (batch, num_heads, tgt_len, key.shape[1])
-    sizes = block_sizes(*shape, weights=options.weights, skip=mask.is_causal)
+    sizes = block_sizes(
+        *shape,
+        weights=options.weights,
+        is_causal=mask.is_causal,
+        is_padded=any(map(is_padding, mask.blocked)),
+    )
     return Blocks(shape, sizes, mask, dropout)
 
 
