@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -36,19 +37,24 @@ def block_sizes(
     weights: str | None,
     is_causal: bool,
     is_padded: bool,
+    whole: bool,
 ) -> BlockSizes:
-    """Chooses the block, from measurements on CPUs with 1 MB of L2 cache for each core.
+    """Chooses the block.
 
-    2 MB of logits stay in the caches. Tall blocks suit XLA's matrix products and
-    reductions best: 2048 x 256 took 0.75 of the time of 512 x 1024. Short sequences
-    fill a block with several heads, then with several sequences.
+    On CPUs, from measurements with 1 MB of L2 cache for each core: 2 MB of logits stay
+    in the caches, and tall blocks suit XLA's matrix products and reductions best. Short
+    sequences fill a block with several heads, then with several sequences.
 
     Args:
         weights: "mean" and "heads" want all keys in a block, and "mean" one head, which
             it then adds to the mean in one pass.
         is_causal: Blocks in the future are skipped: the more, the smaller they are.
         is_padded: Blocks of padding are skipped.
+        whole: Blocks hold all sequences and heads, so that XLA can divide these among
+            devices, and 64 MiB of logits, which the vector memory of a TPU can hold.
     """
+    if whole:
+        return _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal)
     logits = 2**19
     rows = _even_split(tgt_len, 512 if weights or is_causal else 2048)
     if weights:
@@ -62,6 +68,33 @@ def block_sizes(
     block_heads = _largest_divisor(heads, budget)
     block_batch = _largest_divisor(batch, budget // heads)
     return BlockSizes(block_batch, block_heads, rows, columns)
+
+
+def _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal):
+    logits = 2**24 // max(batch * heads, 1)
+    if tgt_len * src_len <= logits:
+        return BlockSizes(batch, heads, max(tgt_len, 1), max(src_len, 1))
+    rows = _even_split(tgt_len, 128)
+    limit = src_len if weights else max(logits // rows, 512)
+    if is_causal and not weights:
+        limit = min(limit, 1024)
+    return BlockSizes(batch, heads, rows, _even_split(src_len, limit))
+
+
+def varying_axes(*arrays: Any) -> frozenset[str]:
+    """Returns the mesh axes over which any array varies, inside `jax.shard_map`."""
+    types = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(arrays)]
+    return frozenset().union(*(type.varying for type in types))
+
+
+def varying(tree: Any, axes: frozenset[str]) -> Any:
+    """Returns `tree` typed as varying over these axes, even where it is constant."""
+
+    def vary(x):
+        missing = tuple(axes - varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
 
 
 def is_padding(mask: MaskArray) -> bool:
@@ -86,6 +119,8 @@ class Blocks:
     sizes: BlockSizes
     mask: Mask
     dropout: Dropout | None
+    # Inside `jax.shard_map`: the mesh axes over which any array of the call varies.
+    axes: frozenset[str]
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -95,6 +130,7 @@ class Blocks:
 
     def over_grid(self, one_block: Callable, carry: Any) -> Any:
         """Returns `carry` after `one_block(carry, n)` for each block of rows."""
+        carry = varying(carry, self.axes)
         steps = math.prod(self.grid)
         if 0 in self.shape:
             return carry
@@ -111,10 +147,13 @@ class Blocks:
         """
         rows, tgt_len = self.sizes.rows, self.shape[2]
         first = jnp.minimum(row * rows, tgt_len - rows)
+        # A start that is known lets XLA see that a block takes all of a divided axis.
+        first_batch = 0 if self.grid[0] == 1 else batch * self.sizes.batch
+        first_head = 0 if self.grid[1] == 1 else head * self.sizes.heads
         is_new = None
         if tgt_len % rows:
             is_new = _iota(rows, axis=2) >= row * rows - first
-        return Corner(batch * self.sizes.batch, head * self.sizes.heads, first, is_new)
+        return Corner(first_batch, first_head, first, is_new)
 
     def rows(self, x: Array, corner: "Corner") -> Array:
         """Returns the block's part of (batch, tgt, heads, dim)."""
@@ -175,6 +214,7 @@ class Blocks:
 
         `mask` is the block's, and `columns` how many keys it has from `column` on.
         """
+        carry = varying(carry, self.axes)
         mask, src_len, columns = self.mask, self.shape[3], self.sizes.columns
         if columns == src_len:
             return step(carry, self._part(mask, corner, 0, src_len), 0, src_len)
@@ -195,27 +235,39 @@ class Blocks:
         return lax.scan(one_step, carry, steps)[0]
 
     def _part(self, mask: Mask, corner: "Corner", column, columns: int) -> Mask:
-        return mask.map(lambda x: self.read(x, corner, columns, column))
+        def read(x):
+            rows, tgt_len = self.sizes.rows, x.shape[2]
+            if tgt_len == 1 or tgt_len % rows:
+                return self.read(x, corner, columns, column)
+            # An index of rows, not a slice: for that, XLA would copy all of a boolean
+            # mask on a TPU.
+            x = x.reshape(*x.shape[:2], tgt_len // rows, rows, x.shape[3])
+            x = lax.dynamic_index_in_dim(x, corner.row // rows, 2, keepdims=False)
+            return self.read(x, corner._replace(row=0), columns, column)
+
+        return mask.map(read)
 
     def unless_hidden(self, mask, corner, column, columns, compute, otherwise):
         """Returns `compute()`, or `otherwise` if no query may attend to these keys."""
         if columns == self.shape[3]:
             return compute()
-        hidden = [jnp.all(x) for x in mask.blocked if is_padding(x)]
+        hidden = []
+        if self.sizes.batch < self.shape[0] or self.shape[0] == 1:
+            hidden += [jnp.all(x) for x in mask.blocked if is_padding(x)]
         if mask.is_causal:
             hidden.append(column > corner.row + self.sizes.rows - 1)
         if not hidden:
             return compute()
         hidden = functools.reduce(jnp.logical_or, hidden)
-        return lax.cond(hidden, lambda: otherwise, compute)
+        return lax.cond(hidden, lambda: varying(otherwise, self.axes), compute)
 
 
 class Corner(NamedTuple):
     """Where a block begins."""
 
-    batch: Array
-    head: Array
-    row: Array
+    batch: Array | int
+    head: Array | int
+    row: Array | int
     is_new: Array | None  # (1, 1, rows, 1): not a row of the block before
 
     def at(self, column: Array | int = 0) -> tuple:

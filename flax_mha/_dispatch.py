@@ -1,11 +1,25 @@
-"""Which kernel runs a call."""
+"""Which kernel runs a call: chosen when the program is lowered; see `_lowering`.
 
-from typing import Literal
+One derivative rule stands round all kernels: what a gradient keeps from the forward
+pass is the arguments, the result and the log of each row's sum, whichever kernel runs.
+"""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from flax_mha._blocks import varying, varying_axes
 from flax_mha._dropout import Dropout
-from flax_mha._kernels import KERNELS
+from flax_mha._kernels import KERNELS, blockwise, reference
+from flax_mha._lowering import ANY, Target, at_lowering
 from flax_mha._masks import Mask
 from flax_mha._typing import (
+    Array,
     KeyHeads,
     MeanWeights,
     OutHeads,
@@ -13,9 +27,53 @@ from flax_mha._typing import (
     QueryHeads,
     ValueHeads,
     Weights,
+    accumulation_dtype,
 )
 
-DEFAULT = "blockwise"
+FUSED = {"tpu": "splash"}  # by platform; blockwise runs on all
+# XLA cannot divide these among devices.
+UNPARTITIONED = {"splash"}
+SMALL = 64 * 2**20  # bytes of logits that a TPU keeps in its vector memory
+
+
+class Plan(NamedTuple):
+    """What was decided when a call was traced."""
+
+    logits: tuple[int, int, int, int]  # batch, heads, tgt, src
+    weights: Literal["mean", "heads"] | None
+    precision: Precision
+    implementation: str | None
+    reasons: tuple[tuple[str, str | None], ...]  # by kernel: why it cannot, or None
+
+    def kernel(self, target: Target) -> str:
+        """Returns the name of the kernel that runs on `target`."""
+        if target == ANY:
+            return "blockwise"
+        name = self.implementation or FUSED.get(target.platform, "blockwise")
+        reason = self.reason(name, target)
+        if reason is None:
+            return name
+        if self.implementation is None:
+            return "blockwise"
+        raise ValueError(f"implementation={name!r} cannot run this call: {reason}.")
+
+    def reason(self, name: str, target: Target) -> str | None:
+        """Returns why a kernel does not run on `target`, or None."""
+        platforms = [platform for platform, fused in FUSED.items() if fused == name]
+        if platforms and target.platform not in platforms:
+            return f"it is for {platforms[0]}, not for {target.platform}"
+        if target.partitioned and name in UNPARTITIONED:
+            return "XLA cannot divide it among devices; call it inside jax.shard_map"
+        reason = dict(self.reasons).get(name)
+        if reason is None and self.implementation is None and name == "splash":
+            batch, heads, tgt_len, src_len = self.logits
+            size = 4 * batch * heads * tgt_len * src_len
+            if size <= SMALL:
+                return (
+                    f"the logits take {size / 2**20:.3g} MiB, and up to "
+                    f"{SMALL // 2**20} stay in vector memory without it"
+                )
+        return reason
 
 
 def dot_product_attention(
@@ -30,20 +88,156 @@ def dot_product_attention(
     precision: Precision = None,
     implementation: str | None = None,
 ) -> tuple[OutHeads, Weights | MeanWeights | None]:
-    """Attends with the kernel named, or the default one; see `_kernels`.
+    """Attends with the kernel named, or the best that can; see `_kernels`.
+
+    Reverse-mode derivatives of any order are those of the definition; forward mode
+    (`jax.jvp`) works on gradients but not on the function itself, except with
+    `implementation="reference"`. Under `jit`, weights nobody uses are not computed.
 
     Args:
         weights: Also return the attention weights: averaged over heads, or each head's.
+
+    Raises:
+        ValueError: The kernel named cannot run this call.
     """
-    name = DEFAULT if implementation is None else implementation
-    if name not in KERNELS:
+    if implementation is not None and implementation not in KERNELS:
         raise ValueError(
-            f"implementation must be None or one of {sorted(KERNELS)}, got {name!r}."
+            f"implementation must be None or one of {sorted(KERNELS)}, "
+            f"got {implementation!r}."
         )
-    kernel = KERNELS[name]
+    if implementation == "reference":
+        return _by_definition(
+            query, key, value, mask, scale, dropout, weights, precision
+        )
+    if precision is None:  # kernels are traced later, outside of this context
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+    plan = _plan(query, key, value, mask, dropout, weights, precision, implementation)
+    factor = jnp.asarray(scale, accumulation_dtype(query.dtype))
+    if query.dtype == factor.dtype:
+        # Scaling the queries rounds no more than scaling all the logits would.
+        query, factor = query * factor, jnp.ones_like(factor)
+    args = (query, key, value, mask, factor, dropout)
+    # Inside `jax.shard_map`, the gradient of what all devices share is a sum over them,
+    # which belongs to this cast.
+    return _attend_jit(plan, *varying(args, varying_axes(args)))
+
+
+def _by_definition(query, key, value, mask, scale, dropout, weights, precision):
     options = dict(scale=scale, dropout=dropout, precision=precision)
     if weights is None:
-        return kernel.attend(query, key, value, mask, **options), None
-    return kernel.attend_with_weights(
-        query, key, value, mask, average=weights == "mean", **options
+        return reference.attend(query, key, value, mask, **options), None
+    average = weights == "mean"
+    return reference.attend_with_weights(
+        query, key, value, mask, average=average, **options
     )
+
+
+def _plan(query, key, value, mask, dropout, weights, precision, implementation) -> Plan:
+    def reason(name):
+        missing = KERNELS[name].missing()
+        return missing or KERNELS[name].unsupported(
+            query, key, value, mask, dropout=dropout
+        )
+
+    batch, tgt_len, num_heads, _ = query.shape
+    plan = Plan(
+        logits=(batch, num_heads, tgt_len, key.shape[1]),
+        weights=weights,
+        precision=precision,
+        implementation=implementation,
+        reasons=tuple((name, reason(name)) for name in FUSED.values()),
+    )
+    for platform, name in FUSED.items():
+        if name == implementation:  # raises what can be known now
+            plan.kernel(Target(platform, partitioned=False))
+    return plan
+
+
+def _forward(plan: Plan, *args) -> tuple[OutHeads, Array, Array | None]:
+    """Returns out, lse in two terms (see `blockwise.forward`), and weights or None."""
+    choose = functools.partial(_choose_forward, plan)
+    return at_lowering(choose, *args, label=plan)
+
+
+def _choose_forward(plan: Plan, target: Target) -> Callable:
+    name = plan.kernel(target)
+    plain = functools.partial(
+        blockwise.forward,
+        precision=plan.precision,
+        weights=plan.weights,
+        whole=_is_whole(target),
+    )
+    if name == "blockwise":
+        return plain
+
+    def fused(*args):
+        out, lse = KERNELS[name].forward(*args, precision=plan.precision)
+        if plan.weights is None:
+            return out, _as_terms(lse), None
+        # A second pass over the logits, of which XLA leaves nothing if it is not used.
+        _, _, weights = plain(*args)
+        dead = lse == jnp.inf
+        out = jnp.where(dead.swapaxes(1, 2), jnp.nan, out)
+        return out, _as_terms(jnp.where(dead, -jnp.inf, lse)), weights
+
+    return fused
+
+
+def _backward(plan: Plan, args, out, lse, d_out, d_weights):
+    choose = functools.partial(_choose_backward, plan)
+    return at_lowering(choose, args, out, lse, d_out, d_weights)
+
+
+def _choose_backward(plan: Plan, target: Target) -> Callable:
+    name = plan.kernel(target)
+
+    def gradients(args, out, lse, d_out, d_weights):
+        options = dict(precision=plan.precision)
+        if name == "blockwise" or d_weights is not None:
+            options |= dict(d_weights=d_weights, whole=_is_whole(target))
+            return KERNELS["blockwise"].backward(*args, out, lse, d_out, **options)
+        lse = jnp.sum(lse, axis=-1, keepdims=True)
+        return KERNELS[name].backward(*args, out, lse, d_out, **options)
+
+    return gradients
+
+
+def _as_terms(lse: Array) -> Array:
+    return jnp.concatenate([lse, jnp.zeros_like(lse)], axis=-1)
+
+
+def _is_whole(target: Target) -> bool:
+    return target.partitioned or target.platform not in ("any", "cpu")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, *args):
+    out, _, weights = _forward(plan, *args)
+    return out, weights
+
+
+def _attend_fwd(plan, *perturbed):
+    args = jax.tree.map(lambda primal: primal.value, perturbed)
+    out, lse, weights = _forward(plan, *args)
+    return (out, weights), (args, out, lse)
+
+
+def _attend_bwd(plan, residuals, cotangents):
+    args, out, lse = residuals
+    d_out, d_weights = cotangents
+    if isinstance(d_out, SymbolicZero):
+        d_out = jnp.zeros(out.shape, out.dtype)
+    if isinstance(d_weights, SymbolicZero):
+        d_weights = None
+    *gradients, d_bias, d_scale = _backward(plan, args, out, lse, d_out, d_weights)
+    d_mask = dataclasses.replace(
+        args[3],
+        allowed=(None,) * len(args[3].allowed),
+        blocked=(None,) * len(args[3].blocked),
+        attn_bias=d_bias,
+    )
+    return *gradients, d_mask, d_scale, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+_attend_jit = jax.jit(_attend, static_argnums=0)

@@ -11,6 +11,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# The tests that use the TPU compiler need no TPU, and must not look for one.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -33,5 +38,8 @@ def getkey():
 @pytest.fixture(autouse=True)
 def _names_in_doctests(doctest_namespace):
     doctest_namespace.update(
-        jax=jax, jnp=jnp, MultiheadAttention=flax_mha.MultiheadAttention
+        jax=jax,
+        jnp=jnp,
+        flax_mha=flax_mha,
+        MultiheadAttention=flax_mha.MultiheadAttention,
     )

@@ -7,10 +7,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 LAYERS = [
     ["_typing"],
     ["_dropout", "_masks", "_checks", "_params"],
-    ["_blocks"],
+    ["_blocks", "_lowering"],
     ["_kernels"],
     ["_dispatch"],
-    ["_attention"],
+    ["_attention", "_explain"],
     ["_module", "functional"],
     ["convert"],
     ["__init__"],

@@ -36,7 +36,13 @@ def test_that_the_test_above_can_fail(imports):
 
 def test_public_names():
     names = {name for name in vars(flax_mha) if not name.startswith("_")}
-    assert names == {"MultiheadAttention", "convert", "functional"}
+    assert names == {
+        "Explanation",
+        "MultiheadAttention",
+        "convert",
+        "explain",
+        "functional",
+    }
 
 
 @pytest.mark.parametrize("module", [flax_mha.functional, flax_mha.convert])

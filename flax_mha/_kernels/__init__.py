@@ -3,19 +3,28 @@
 missing() -> str | None
     What this host lacks to run it, in words.
 unsupported(query, key, value, mask, *, dropout) -> str | None
-    Why it cannot run this call, from shapes and dtypes alone.
-attend(query, key, value, mask, *, scale, dropout, precision) -> out
-    Safe under jit, grad and vmap. A query allowed nothing gives 0.
+    Why it cannot run this call, in words, from shapes and dtypes alone.
+forward(query, key, value, mask, scale, dropout, *, precision) -> (out, lse)
+    Arrays are (batch, length, heads, dim), and lse, the log of each row's sum of
+    exponentials, (batch, heads, tgt, 1) in the dtype of `accumulation_dtype`. A query
+    allowed nothing gets 0, and an lse of infinity.
+backward(query, key, value, mask, scale, dropout, out, lse, d_out, *, precision)
+        -> (d_query, d_key, d_value, d_bias, d_scale)
+    `d_bias` has one array for each of `mask.attn_bias`.
 
-A kernel that can also return the attention weights has
+`_dispatch` makes them differentiable. `blockwise` can also return the attention
+weights; `reference` is the definition, which all others are tested against.
 
-attend_with_weights(..., average) -> (out, weights)
-    A query allowed nothing gives NaN.
-
-To add a kernel: write its module and add it here; `tests/test_kernel_contract.py` then
-runs it too.
+To add a kernel: write its module, add it here and in `_dispatch.FUSED`.
 """
 
-from flax_mha._kernels import blockwise, reference
+from collections.abc import Mapping
+from types import ModuleType
 
-KERNELS = {"blockwise": blockwise, "reference": reference}
+from flax_mha._kernels import blockwise, reference, splash
+
+KERNELS: Mapping[str, ModuleType] = {
+    "blockwise": blockwise,
+    "reference": reference,
+    "splash": splash,
+}

@@ -9,20 +9,19 @@ recomputes the logits from what the forward pass kept, the log of each row's sum
 FlashAttention does (Dao et al., arXiv:2205.14135).
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from flax_mha._blocks import Blocks, block_sizes, is_padding
+from flax_mha._blocks import Blocks, block_sizes, is_padding, varying_axes
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
 from flax_mha._typing import (
     Array,
     KeyHeads,
+    MaskArray,
     MeanWeights,
     OutHeads,
     Precision,
@@ -48,60 +47,10 @@ def unsupported(
     return None
 
 
-@functools.partial(jax.jit, static_argnames="precision")
-def attend(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    *,
-    scale: float,
-    dropout: Dropout | None,
-    precision: Precision = None,
-) -> OutHeads:
-    """As `reference.attend`, in O(tgt + src) memory per head.
-
-    Reverse-mode derivatives of any order are those of the definition; forward mode
-    (`jax.jvp`) works on the gradient but not on the function itself.
-    """
-    options = _Options(weights=None, precision=precision)
-    query, scale = _fold(scale, query)
-    out, _ = _attend(options, query, key, value, mask, scale, dropout)
-    return out
-
-
-@functools.partial(jax.jit, static_argnames=("average", "precision"))
-def attend_with_weights(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    *,
-    scale: float,
-    dropout: Dropout | None,
-    average: bool,
-    precision: Precision = None,
-) -> tuple[OutHeads, Weights | MeanWeights]:
-    """As `reference.attend_with_weights`, in one pass over the logits.
-
-    Under `jit`, weights that are not used are not computed.
-    """
-    options = _Options("mean" if average else "heads", precision)
-    query, scale = _fold(scale, query)
-    return _attend(options, query, key, value, mask, scale, dropout)
-
-
-def _fold(scale: float, query: QueryHeads) -> tuple[QueryHeads, Array]:
-    """Scales the queries, if that rounds no more than scaling all the logits would."""
-    scale = jnp.asarray(scale, accumulation_dtype(query.dtype))
-    if scale.dtype == query.dtype:
-        return query * scale, jnp.ones_like(scale)
-    return query, scale
-
-
 class _Options(NamedTuple):
     weights: str | None
     precision: Precision
+    whole: bool
 
 
 class _Running(NamedTuple):
@@ -113,53 +62,71 @@ class _Running(NamedTuple):
     exps: Array | None  # of the only block of keys, after dropout
 
 
-def _out_and_weights(options, *args) -> tuple[Array, Array | None]:
-    out, _, weights = _forward(options, *args)
-    return out, weights
+def forward(
+    query: QueryHeads,
+    key: KeyHeads,
+    value: ValueHeads,
+    mask: Mask,
+    scale: Array,
+    dropout: Dropout | None,
+    *,
+    precision: Precision = None,
+    weights: str | None = None,
+    whole: bool = False,
+) -> tuple[OutHeads, Array, Weights | MeanWeights | None]:
+    """As that of all kernels (see `_kernels`), and returns weights or None.
 
+    The last axis of lse has two terms, the maximum and the log of the sum: added up, a
+    mask of -1e9 over a whole row would leave nothing of the second.
 
-def _forward(options, query, key, value, mask, scale, dropout):
-    """Returns out, the log of each row's sum of exponentials, and weights or None."""
-    blocks = _blocks(options, query, key, mask, dropout)
+    Args:
+        weights: Those of all "heads" or their "mean", from the same pass. A query
+            allowed nothing then gives NaN.
+        whole: Blocks hold all sequences and heads; see `block_sizes`.
+    """
+    options = _Options(weights, precision, whole)
+    args = (query, key, value, mask, scale, dropout)
+    blocks = _blocks(options, *args)
     batch, num_heads, tgt_len, src_len = blocks.shape
     dtype = accumulation_dtype(query.dtype)
     out = jnp.zeros((batch, tgt_len, num_heads, value.shape[3]), query.dtype)
-    lse = jnp.zeros((batch, num_heads, tgt_len, 1), dtype)
-    weights = None
-    if options.weights:
-        heads = 1 if options.weights == "mean" else num_heads
-        weights_dtype = dtype if options.weights == "mean" else query.dtype
-        weights = jnp.zeros((batch, heads, tgt_len, src_len), weights_dtype)
+    lse = jnp.zeros((batch, num_heads, tgt_len, 2), dtype)
+    all_weights = None
+    if weights:
+        heads = 1 if weights == "mean" else num_heads
+        weights_dtype = dtype if weights == "mean" else query.dtype
+        all_weights = jnp.zeros((batch, heads, tgt_len, src_len), weights_dtype)
 
     def one_block(results, n):
-        out, lse, weights = results
+        out, lse, all_weights = results
         # Heads run fastest, to complete the mean of some rows before the next begin.
         _, n_heads, n_rows = blocks.grid
         n, head = n // n_heads, n % n_heads
         corner = blocks.corner(n // n_rows, head, n % n_rows)
         running = _attend_block(options, blocks, query, key, value, scale, corner)
         total = running.total
-        log_total = running.maximum + jnp.log(total)
-        if not options.weights:
+        maximum = running.maximum
+        if weights is None:
             # A query allowed nothing: the backward pass finds all its probabilities 0.
-            log_total = jnp.where(total == 0, jnp.inf, log_total)
+            maximum = jnp.where(total == 0, jnp.inf, maximum)
             total = jnp.where(total == 0, 1, total)
         out = blocks.write_rows(out, running.out / total, corner)
-        lse = blocks.write(lse, log_total, corner)
-        if weights is not None and running.exps is not None:
+        terms = jnp.concatenate([maximum, jnp.log(total)], axis=-1)
+        lse = blocks.write(lse, terms, corner)
+        if all_weights is not None and running.exps is not None:
             block = running.exps / total
-            if options.weights == "mean":
+            if weights == "mean":
                 block = jnp.sum(block, axis=1, keepdims=True) / num_heads
-                before = blocks.read(weights, corner, src_len)
+                before = blocks.read(all_weights, corner, src_len)
                 block = block + jnp.where(head == 0, 0, before)
                 corner = corner._replace(head=0)
-            weights = blocks.write(weights, block, corner)
-        return out, lse, weights
+            all_weights = blocks.write(all_weights, block, corner)
+        return out, lse, all_weights
 
-    out, lse, weights = blocks.over_grid(one_block, (out, lse, weights))
-    if weights is not None and options.weights == "mean":
-        weights = weights[:, 0].astype(query.dtype)
-    return out, lse, weights
+    out, lse, all_weights = blocks.over_grid(one_block, (out, lse, all_weights))
+    if all_weights is not None and weights == "mean":
+        all_weights = all_weights[:, 0].astype(query.dtype)
+    return out, lse, all_weights
 
 
 def _attend_block(options, blocks, query, key, value, scale, corner) -> _Running:
@@ -198,23 +165,28 @@ def _attend_block(options, blocks, query, key, value, scale, corner) -> _Running
     return blocks.over_keys(absorb, running, corner)
 
 
-def _attend_fwd(options, *perturbed):
-    args = jax.tree.map(lambda primal: primal.value, perturbed)
-    out, lse, weights = _forward(options, *args)
-    return (out, weights), (*args, out, lse)
-
-
-def _attend_bwd(options, residuals, cotangents):
-    """Recomputes each block's probabilities, and adds up what they pass back."""
-    query, key, value, mask, scale, dropout, out, lse = residuals
-    d_out, d_weights = cotangents
-    if isinstance(d_out, SymbolicZero):
-        d_out = jnp.zeros(out.shape, out.dtype)
-    if isinstance(d_weights, SymbolicZero):
-        d_weights = None
-    elif options.weights == "mean":
+def backward(
+    query: QueryHeads,
+    key: KeyHeads,
+    value: ValueHeads,
+    mask: Mask,
+    scale: Array,
+    dropout: Dropout | None,
+    out: OutHeads,
+    lse: Array,
+    d_out: OutHeads,
+    *,
+    precision: Precision = None,
+    d_weights: Weights | MeanWeights | None = None,
+    whole: bool = False,
+) -> tuple[QueryHeads, KeyHeads, ValueHeads, tuple[MaskArray, ...], Array]:
+    """As that of all kernels (see `_kernels`); recomputes the probabilities."""
+    weights = None if d_weights is None else "heads"
+    if d_weights is not None and d_weights.ndim == 3:
         d_weights = d_weights[:, None] / query.shape[2]
-    blocks = _blocks(options, query, key, mask, dropout)
+    options = _Options(weights, precision, whole)
+    args = (query, key, value, mask, scale, dropout, d_out, d_weights)
+    blocks = _blocks(options, *args)
     gradients = jax.tree.map(
         functools.partial(jnp.zeros_like, dtype=scale.dtype),
         (query, _keys_last(key), _keys_last(value), mask.attn_bias),
@@ -234,21 +206,12 @@ def _attend_bwd(options, residuals, cotangents):
         return blocks.add_rows(d_query, d_q, corner), *others
 
     d_query, d_key, d_value, d_bias = blocks.over_grid(one_block, gradients)
-    d_mask = dataclasses.replace(
-        mask,
-        allowed=(None,) * len(mask.allowed),
-        blocked=(None,) * len(mask.blocked),
-        attn_bias=jax.tree.map(
-            lambda d, bias: d.astype(bias.dtype), d_bias, mask.attn_bias
-        ),
-    )
     return (
         (d_query * scale).astype(query.dtype),
         _keys_first(d_key * scale).astype(key.dtype),
         _keys_first(d_value).astype(value.dtype),
-        d_mask,
+        tuple(d.astype(b.dtype) for d, b in zip(d_bias, mask.attn_bias, strict=True)),
         jnp.sum(d_query * query.astype(scale.dtype)),
-        None,
     )
 
 
@@ -265,7 +228,7 @@ class _Rows(NamedTuple):
     """What the backward pass reads once for a block of rows."""
 
     q: Array
-    log_total: Array
+    lse: Array
     d_out: Array
     d_weights: Array | None
     delta: Array | None  # the sum over all keys of probability times its cotangent
@@ -273,17 +236,17 @@ class _Rows(NamedTuple):
 
 def _read_rows(blocks, corner, query, out, lse, d_out, d_weights) -> _Rows:
     q, o, d_o = (blocks.rows(x, corner) for x in (query, out, d_out))
-    log_total = blocks.read(lse, corner, 1)
+    terms = blocks.read(lse, corner, 2)
     if corner.is_new is not None:  # the other rows have passed theirs back already
         d_o = jnp.where(corner.is_new, d_o, 0)
     if d_weights is None:
         delta = o.astype(lse.dtype) * d_o.astype(lse.dtype)
         delta = jnp.sum(delta, axis=-1, keepdims=True)
-        return _Rows(q, log_total, d_o, None, delta)
+        return _Rows(q, terms, d_o, None, delta)
     d_w = blocks.read(d_weights, corner, d_weights.shape[3]).astype(lse.dtype)
     if corner.is_new is not None:
         d_w = jnp.where(corner.is_new, d_w, 0)
-    return _Rows(q, log_total, d_o, d_w, delta=None)
+    return _Rows(q, terms, d_o, d_w, delta=None)
 
 
 def _pull_back(
@@ -295,7 +258,7 @@ def _pull_back(
         k = blocks.columns(key, corner, column, columns)
         v = blocks.columns(value, corner, column, columns)
         logits = _logits(options, rows.q, k, scale, mask, corner, column)
-        probs = jnp.exp(logits - rows.log_total)
+        probs = jnp.exp(logits - rows.lse[..., :1] - rows.lse[..., 1:])
         d_probs = _product(options, "bhqd,bhkd->bhqk", rows.d_out, v)
         if rows.d_weights is not None:
             d_probs = d_probs + rows.d_weights
@@ -329,11 +292,7 @@ def _pull_back(
     )
 
 
-_attend = jax.custom_vjp(_out_and_weights, nondiff_argnums=(0,))
-_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
-
-
-def _blocks(options, query, key, mask, dropout) -> Blocks:
+def _blocks(options, query, key, value, mask, scale, dropout, *others) -> Blocks:
     batch, tgt_len, num_heads, _ = query.shape
     shape = (batch, num_heads, tgt_len, key.shape[1])
     sizes = block_sizes(
@@ -341,8 +300,10 @@ def _blocks(options, query, key, mask, dropout) -> Blocks:
         weights=options.weights,
         is_causal=mask.is_causal,
         is_padded=any(map(is_padding, mask.blocked)),
+        whole=options.whole,
     )
-    return Blocks(shape, sizes, mask, dropout)
+    axes = varying_axes(query, key, value, mask, scale, dropout, others)
+    return Blocks(shape, sizes, mask, dropout, axes)
 
 
 def _logits(options, q, k, scale, mask, corner, column) -> Array:
@@ -353,7 +314,7 @@ def _logits(options, q, k, scale, mask, corner, column) -> Array:
     return logits if additive is None else logits + additive
 
 
-def _product(options: _Options, equation: str, a: Array, b: Array) -> Array:
+def _product(options, equation: str, a: Array, b: Array) -> Array:
     """Multiplies in the narrower dtype, the inputs' own, and sums in a wider one."""
     dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     return jnp.einsum(

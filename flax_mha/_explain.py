@@ -1,0 +1,98 @@
+"""Which kernel runs a call, and why not another."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flax_mha._dispatch import FUSED, Plan
+from flax_mha._lowering import PLATFORMS, Target, labels
+
+_TARGETS = {
+    **{platform: Target(platform, partitioned=False) for platform in PLATFORMS},
+    "tpu, divided by XLA": Target("tpu", partitioned=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found out. `print` it, or read it.
+
+    Attributes:
+        shape: Of the logits: (batch, heads, queries, keys).
+        weights: "mean" or "heads" if the call asks for attention weights, or None.
+            Under `jit`, those that nobody uses are not computed.
+        kernels: By platform: the kernel that runs.
+        reasons: By platform: its fused kernel, if it does not run, and why.
+    """
+
+    shape: tuple[int, int, int, int]
+    weights: str | None
+    kernels: dict[str, str]
+    reasons: dict[str, dict[str, str]]
+
+    def __str__(self) -> str:
+        batch, heads, tgt_len, src_len = self.shape
+        lines = [
+            f"{batch} sequences, {heads} heads, {tgt_len} queries, {src_len} keys, "
+            f"weights: {self.weights}"
+        ]
+        for platform, kernel in self.kernels.items():
+            lines.append(f"  {platform}: {kernel}")
+            for name, reason in self.reasons[platform].items():
+                lines.append(f"    not {name}: {reason}")
+        return "\n".join(lines)
+
+
+def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
+    """Says which kernel each attention call in `function` runs, on every platform.
+
+    Nothing is computed. "tpu, divided by XLA" is a program for several TPUs under plain
+    `jit`; inside `jax.shard_map`, and on one TPU, it is "tpu". Calls with
+    `implementation="reference"` are the definition everywhere and are not listed.
+
+    Args:
+        function: What `jax.jit` takes, e.g. `mha.apply`, or a whole model's.
+        args, kwargs: Its arguments. Arrays may be `jax.ShapeDtypeStruct`s; what is not
+            an array is passed on as it is.
+
+    Returns:
+        One explanation for each call, in the order of the program.
+
+    Example:
+        >>> mha = MultiheadAttention(512, num_heads=8, batch_first=True)
+        >>> x = jax.ShapeDtypeStruct((4, 4096, 512), jnp.float32)
+        >>> variables = jax.eval_shape(mha.init, jax.random.key(0), x, x, x)
+        >>> (call,) = flax_mha.explain(mha.apply, variables, x, x, x)
+        >>> call.kernels["tpu"]
+        'splash'
+    """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+
+    def of_arrays(*arrays):
+        rest = iter(arrays)
+        mixed = [
+            next(rest) if traced else leaf
+            for leaf, traced in zip(leaves, is_array, strict=True)
+        ]
+        args, kwargs = tree.unflatten(mixed)
+        return function(*args, **kwargs)
+
+    arrays = [x for x, traced in zip(leaves, is_array, strict=True) if traced]
+    jaxpr = jax.make_jaxpr(of_arrays)(*arrays)
+    return [_explanation(plan) for plan in labels(jaxpr) if isinstance(plan, Plan)]
+
+
+def _explanation(plan: Plan) -> Explanation:
+    kernels, reasons = {}, {}
+    for platform, target in _TARGETS.items():
+        try:
+            kernels[platform] = plan.kernel(target)
+        except ValueError as error:  # the implementation named cannot run there
+            kernels[platform] = str(error)
+        name = FUSED.get(target.platform)
+        why = name and plan.reason(name, target)
+        reasons[platform] = {name: why} if why else {}
+    return Explanation(plan.logits, plan.weights, kernels, reasons)

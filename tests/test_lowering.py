@@ -1,0 +1,202 @@
+"""The kernel is chosen when a program is lowered, wherever it was traced."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_mha
+from flax_mha import MultiheadAttention
+from flax_mha._dispatch import dot_product_attention
+from flax_mha._lowering import at_lowering
+from flax_mha._masks import Mask
+
+
+def arrays(batch=8, length=16, heads=4, head_dim=8, dtype="float32"):
+    rng = np.random.default_rng(0)
+    shape = (batch, length, heads, head_dim)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3)]
+
+
+def attend(query, key, value, mask=None, **options):
+    mask = mask or Mask()
+    return dot_product_attention(query, key, value, mask, scale=0.3, **options)[0]
+
+
+def loss(*args, **options):
+    return jnp.sum(jnp.sin(attend(*args, **options)))
+
+
+def definition(*args):
+    return attend(*args, implementation="reference")
+
+
+def test_an_export_from_a_cpu_holds_each_platforms_own_choice():
+    def function(x):
+        return at_lowering(lambda target: lambda x: x + len(target.platform), x)
+
+    platforms = ("cpu", "tpu", "cuda")
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    single = jax.export.export(jax.jit(function), platforms=["tpu"])(x)
+    assert single.mlir_module().count("3.0") == 1
+    several = jax.export.export(jax.jit(function), platforms=platforms)(x)
+    np.testing.assert_array_equal(several.call(jnp.zeros(2, "float32")), [3, 3])
+
+
+def test_a_program_for_a_tpu_is_lowered_here_with_splash():
+    q = jax.ShapeDtypeStruct((4, 2048, 8, 64), jnp.float32)
+    exported = jax.export.export(
+        jax.jit(attend),
+        platforms=["tpu"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")],
+    )
+    with jax.enable_x64(False):
+        assert "tpu_custom_call" in exported(q, q, q).mlir_module()
+
+
+def test_attention_can_be_exported_for_several_platforms():
+    q = jax.ShapeDtypeStruct((4, 2048, 8, 64), jnp.float32)
+    with jax.enable_x64(False):
+        exported = jax.export.export(
+            jax.jit(attend),
+            platforms=["cpu", "tpu", "cuda"],
+            disabled_checks=[
+                jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")
+            ],
+        )(q, q, q)
+    assert exported.platforms == ("cpu", "tpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        jax.jit,
+        lambda f: f,
+        jax.checkpoint,
+        lambda f: (
+            lambda *args: jax.lax.map(lambda x: f(*(y[None] for y in x))[0], args)
+        ),
+        lambda f: jax.vmap(lambda *args: f(*(x[None] for x in args))[0]),
+        lambda f: jax.vmap(f, in_axes=(None, None, None), axis_size=1, out_axes=None),
+    ],
+    ids=["jit", "eager", "remat", "scan", "vmap", "vmap-nothing"],
+)
+def test_transformations_give_the_definitions_result_and_gradients(transform):
+    def summed(f):
+        return lambda *args: jnp.sum(jnp.sin(f(*args)))
+
+    got = jax.value_and_grad(summed(transform(attend)), argnums=(0, 1, 2))(*arrays())
+    expected = jax.value_and_grad(summed(definition), argnums=(0, 1, 2))(*arrays())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture
+def mesh():
+    return Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "heads"))
+
+
+def collectives(program):
+    text = program.as_text()
+    names = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    return {name: text.count(f" {name}(") for name in names if f" {name}(" in text}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("mask", [Mask(), Mask(is_causal=True)], ids=["none", "causal"])
+@pytest.mark.parametrize("length", [16, 1500])
+def test_a_divided_program_needs_no_communication(mesh, mask, grad, length):
+    sharding = NamedSharding(mesh, P("data", None, "heads"))
+    inputs = [jax.device_put(x, sharding) for x in arrays(length=length)]
+
+    def step(*args):
+        return attend(*args, mask)
+
+    if grad:
+        step = jax.grad(lambda *args: jnp.sum(jnp.sin(attend(*args, mask))), (0, 1, 2))
+    program = jax.jit(step, out_shardings=sharding).lower(*inputs).compile()
+    assert collectives(program) == {}
+    if length == 16:
+        expected = jax.jit(step)(*arrays(length=length))
+        for a, b in zip(
+            jax.tree.leaves(program(*inputs)), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_each_device_computes_its_own_part_inside_shard_map(mesh):
+    spec = P("data", None, "heads")
+    inputs = arrays(length=600)
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec)
+        got = jax.jit(mapped)(*inputs)
+        gradient = jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(mapped(*args)))))
+        np.testing.assert_allclose(
+            gradient(*inputs), jax.grad(loss)(*inputs), rtol=2e-5, atol=2e-6
+        )
+    np.testing.assert_allclose(got, attend(*inputs), rtol=2e-5, atol=2e-6)
+
+
+def test_a_kernel_that_was_named_raises_its_reason():
+    q, k, v = arrays(dtype="float64")
+    with pytest.raises(ValueError, match="it takes float32 and bfloat16, not float64"):
+        attend(q, k, v, implementation="splash")
+    q, k, v = arrays()
+    with pytest.raises(
+        ValueError,
+        match="implementation='splash' cannot run this call: it is for tpu, not",
+    ):
+        attend(q, k, v, implementation="splash")
+
+
+def test_matmul_precision_of_the_context_reaches_the_kernel():
+    with jax.default_matmul_precision("float32"):
+        traced = jax.jit(attend).trace(*arrays())
+    assert "HIGHEST" in traced.lower().as_text()
+
+
+def test_explain_says_what_runs_where():
+    mha = MultiheadAttention(512, num_heads=8, batch_first=True)
+    x = jax.ShapeDtypeStruct((4, 4096, 512), jnp.float32)
+    mask = jax.ShapeDtypeStruct((4096, 4096), jnp.bool_)
+    variables = jax.eval_shape(mha.init, jax.random.key(0), x, x, x)
+
+    def model(variables, x, mask):
+        out, _ = mha.apply(variables, x, x, x, is_causal=True)
+        out, _ = mha.apply(variables, out, x, x, attn_mask=mask, need_weights=False)
+        return out
+
+    first, second = flax_mha.explain(model, variables, x, mask)
+    assert first.shape == second.shape == (4, 8, 4096, 4096)
+    assert (first.weights, second.weights) == ("mean", None)
+    assert first.kernels == {
+        "cpu": "blockwise",
+        "cuda": "blockwise",
+        "rocm": "blockwise",
+        "tpu": "splash",
+        "tpu, divided by XLA": "blockwise",
+    }
+    assert second.kernels["tpu"] == "blockwise"
+    assert second.reasons["tpu"] == {"splash": "it takes no attn_mask but is_causal"}
+    assert "not splash: it takes no attn_mask but is_causal" in str(second)
+
+
+def test_explain_sees_into_gradients_and_small_logits():
+    def training(*args):
+        return jax.jit(jax.grad(loss))(*args)
+
+    (call,) = flax_mha.explain(training, *arrays())
+    assert call.kernels["tpu"] == "blockwise"
+    assert "the logits take 0.0312 MiB" in call.reasons["tpu"]["splash"]
+
+
+def test_explain_passes_on_what_is_no_array():
+    explain = functools.partial(flax_mha.explain, attend, *arrays())
+    (call,) = explain(implementation="splash")
+    assert call.kernels["tpu"] == "splash"
+    assert "it is for tpu, not for cpu" in call.kernels["cpu"]
+    assert explain(implementation="reference") == []
