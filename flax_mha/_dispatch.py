@@ -6,6 +6,7 @@ pass is the arguments, the result and the log of each row's sum, whichever kerne
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -33,7 +34,8 @@ from flax_mha._typing import (
 FUSED = {"tpu": "splash"}  # by platform; blockwise runs on all
 # XLA cannot divide these among devices.
 UNPARTITIONED = {"splash"}
-SMALL = 64 * 2**20  # bytes of logits that a TPU keeps in its vector memory
+# Logits that a TPU keeps in its vector memory, by the compiler's own schedules.
+SMALL_MIB = 64
 
 
 class Plan(NamedTuple):
@@ -62,18 +64,15 @@ class Plan(NamedTuple):
         platforms = [platform for platform, fused in FUSED.items() if fused == name]
         if platforms and target.platform not in platforms:
             return f"it is for {platforms[0]}, not for {target.platform}"
+        reason = dict(self.reasons).get(name)
+        if reason is not None:
+            return reason
+        mib = 4 * math.prod(self.logits) / 2**20
+        if name == "splash" and self.implementation is None and mib <= SMALL_MIB:
+            return f"the logits take {mib:.3g} MiB; XLA is faster up to {SMALL_MIB}"
         if target.partitioned and name in UNPARTITIONED:
             return "XLA cannot divide it among devices; call it inside jax.shard_map"
-        reason = dict(self.reasons).get(name)
-        if reason is None and self.implementation is None and name == "splash":
-            batch, heads, tgt_len, src_len = self.logits
-            size = 4 * batch * heads * tgt_len * src_len
-            if size <= SMALL:
-                return (
-                    f"the logits take {size / 2**20:.3g} MiB, and up to "
-                    f"{SMALL // 2**20} stay in vector memory without it"
-                )
-        return reason
+        return None
 
 
 def dot_product_attention(

@@ -20,16 +20,19 @@ class Explanation:
     """What `explain` found out. `print` it, or read it.
 
     Attributes:
-        shape: Of the logits: (batch, heads, queries, keys).
+        shape: Of the logits: (batch, heads, queries, keys), without axes added by
+            `jax.vmap`; of one device's inside `jax.shard_map`.
         weights: "mean" or "heads" if the call asks for attention weights, or None.
             Under `jit`, those that nobody uses are not computed.
-        kernels: By platform: the kernel that runs.
-        reasons: By platform: its fused kernel, if it does not run, and why.
+        kernels: By platform: the kernel that runs, or None if the implementation that
+            was named cannot. Weights that are used are always computed by blockwise.
+        reasons: By platform: the platform's own kernel or the one that was named, if it
+            does not run, and why.
     """
 
     shape: tuple[int, int, int, int]
     weights: str | None
-    kernels: dict[str, str]
+    kernels: dict[str, str | None]
     reasons: dict[str, dict[str, str]]
 
     def __str__(self) -> str:
@@ -58,13 +61,15 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
             an array is passed on as it is.
 
     Returns:
-        One explanation for each call, in the order of the program.
+        One explanation for each call, in the order of the program; what is computed
+        again for a gradient (`jax.checkpoint`) is listed again.
 
     Example:
-        >>> mha = MultiheadAttention(512, num_heads=8, batch_first=True)
-        >>> x = jax.ShapeDtypeStruct((4, 4096, 512), jnp.float32)
+        >>> import flax_mha
+        >>> mha = flax_mha.MultiheadAttention(512, num_heads=8, batch_first=True)
+        >>> x = jax.ShapeDtypeStruct((4, 4096, 512), "float32")
         >>> variables = jax.eval_shape(mha.init, jax.random.key(0), x, x, x)
-        >>> (call,) = flax_mha.explain(mha.apply, variables, x, x, x)
+        >>> (call,) = explain(mha.apply, variables, x, x, x)
         >>> call.kernels["tpu"]
         'splash'
     """
@@ -88,11 +93,9 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
 def _explanation(plan: Plan) -> Explanation:
     kernels, reasons = {}, {}
     for platform, target in _TARGETS.items():
-        try:
-            kernels[platform] = plan.kernel(target)
-        except ValueError as error:  # the implementation named cannot run there
-            kernels[platform] = str(error)
-        name = FUSED.get(target.platform)
-        why = name and plan.reason(name, target)
+        name = plan.implementation or FUSED.get(target.platform, "blockwise")
+        why = plan.reason(name, target)
+        refused = why and plan.implementation
+        kernels[platform] = None if refused else plan.kernel(target)
         reasons[platform] = {name: why} if why else {}
     return Explanation(plan.logits, plan.weights, kernels, reasons)

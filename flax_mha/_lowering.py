@@ -25,7 +25,8 @@ class Target(NamedTuple):
     partitioned: bool
 
 
-ANY = Target("any", partitioned=False)  # whose implementation stands for all others
+# Where only shapes or derivatives are wanted: its implementation stands for all others.
+ANY = Target("any", partitioned=False)
 
 
 def at_lowering(
@@ -46,15 +47,17 @@ def at_lowering(
     def choose_flat(target):
         return lambda *leaves: jax.tree.leaves(choose(target)(*tree.unflatten(leaves)))
 
+    jaxpr, shape = jax.make_jaxpr(choose(ANY), return_shape=True)(*args)
+    params = dict(choose=choose_flat, outs=tuple(jaxpr.out_avals), label=label)
+
     @jax.custom_jvp
     def call(*leaves):
-        return _bind(choose_flat, leaves, label)
+        return _chosen.bind(*leaves, **params)
 
     @call.defjvp
     def jvp(primals, tangents):
         return jax.jvp(choose_flat(ANY), primals, tangents)
 
-    shape = jax.eval_shape(choose(ANY), *args)
     return jax.tree.unflatten(jax.tree.structure(shape), call(*leaves))
 
 
@@ -78,15 +81,11 @@ _chosen = Primitive("flax_mha_chosen_at_lowering")
 _chosen.multiple_results = True
 
 
-def _bind(choose: Callable, leaves: Any, label: Hashable) -> list:
-    outs = tuple(jax.make_jaxpr(choose(ANY))(*leaves).out_avals)
-    return _chosen.bind(*leaves, choose=choose, outs=outs, label=label)
-
-
 @_chosen.def_impl
 def _run(*leaves, choose, outs, label):
     params = dict(choose=choose, outs=outs, label=label)
-    return jax.jit(functools.partial(_chosen.bind, **params))(*leaves)
+    with jax.disable_jit(False):  # or this would come back here
+        return jax.jit(functools.partial(_chosen.bind, **params))(*leaves)
 
 
 @_chosen.def_abstract_eval
@@ -98,7 +97,8 @@ def _batch(leaves, axes, *, choose, outs, label):
     def choose_batched(target):
         return jax.vmap(choose(target), in_axes=tuple(axes))
 
-    batched = _bind(choose_batched, leaves, label)
+    outs = tuple(jax.make_jaxpr(choose_batched(ANY))(*leaves).out_avals)
+    batched = _chosen.bind(*leaves, choose=choose_batched, outs=outs, label=label)
     return batched, (0,) * len(batched)
 
 

@@ -43,8 +43,11 @@ class MultiheadAttention(nn.Module):
         deterministic: No dropout, as `eval()` in PyTorch. Needed only if `dropout > 0`,
             here or in the call, which has precedence.
         precision: Of all products, as `jax.numpy.einsum` takes it.
-        implementation: Kernel that must run: "blockwise" (memory linear in the lengths;
-            no `jax.jvp`) or "reference" (all logits at once). None: "blockwise".
+        implementation: Kernel that must run, or else ValueError with the reason, where
+            it can be known, while tracing, or when the program is lowered: "blockwise"
+            (everywhere; memory linear in the lengths), "splash" (TPU), or "reference"
+            (all logits at once; allows `jax.jvp`). None: the best that can, for the
+            platform compiled for; see `flax_mha.explain`.
 
     Parameters have PyTorch's names and values, reshaped so that heads are an axis:
     `in_proj_weight` is (3, num_heads, head_dim, embed_dim), for example.

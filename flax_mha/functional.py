@@ -69,7 +69,7 @@ def multi_head_attention_forward(
             projected key and value.
         dropout_rng: JAX random key, needed if `training` and `dropout_p > 0`.
         precision: Of all products, as `jax.numpy.einsum` takes it.
-        implementation: "blockwise" or "reference", see `MultiheadAttention`.
+        implementation: Kernel that must run; see `MultiheadAttention`.
 
     Returns:
         The output, (tgt_len, batch, M), and the weights or None.
@@ -164,7 +164,7 @@ def scaled_dot_product_attention(
             query's; head i of query uses head i // (heads of query / heads of key).
         dropout_rng: JAX random key, needed if `dropout_p > 0`.
         precision: Of both products, as `jax.numpy.einsum` takes it.
-        implementation: "blockwise" or "reference", see `MultiheadAttention`.
+        implementation: Kernel that must run; see `MultiheadAttention`.
 
     Returns:
         (..., tgt_len, value_dim). A query that may attend to nothing gets 0.

@@ -40,6 +40,5 @@ def _names_in_doctests(doctest_namespace):
     doctest_namespace.update(
         jax=jax,
         jnp=jnp,
-        flax_mha=flax_mha,
         MultiheadAttention=flax_mha.MultiheadAttention,
     )

@@ -153,6 +153,12 @@ def test_a_kernel_that_was_named_raises_its_reason():
         attend(q, k, v, implementation="splash")
 
 
+def test_it_runs_without_jit():
+    with jax.disable_jit():
+        got = attend(*arrays())
+    np.testing.assert_allclose(got, definition(*arrays()), rtol=2e-5, atol=2e-6)
+
+
 def test_matmul_precision_of_the_context_reaches_the_kernel():
     with jax.default_matmul_precision("float32"):
         traced = jax.jit(attend).trace(*arrays())
@@ -182,6 +188,8 @@ def test_explain_says_what_runs_where():
     }
     assert second.kernels["tpu"] == "blockwise"
     assert second.reasons["tpu"] == {"splash": "it takes no attn_mask but is_causal"}
+    assert second.reasons["tpu, divided by XLA"] == second.reasons["tpu"]
+    assert "divide" in first.reasons["tpu, divided by XLA"]["splash"]
     assert "not splash: it takes no attn_mask but is_causal" in str(second)
 
 
@@ -198,5 +206,6 @@ def test_explain_passes_on_what_is_no_array():
     explain = functools.partial(flax_mha.explain, attend, *arrays())
     (call,) = explain(implementation="splash")
     assert call.kernels["tpu"] == "splash"
-    assert "it is for tpu, not for cpu" in call.kernels["cpu"]
+    assert call.kernels["cpu"] is None
+    assert call.reasons["cpu"] == {"splash": "it is for tpu, not for cpu"}
     assert explain(implementation="reference") == []

@@ -117,7 +117,8 @@ def test_many_blocks_of_keys_take_the_backward_pass_with_two_kernels(monkeypatch
         (dict(dtype="float64"), "it takes float32 and bfloat16, not float64"),
         (
             dict(head_dim=320),
-            "it takes one head_dim up to 256, not 320 for queries and 320 for values",
+            "it takes a head_dim up to 256, equal for queries and values, "
+            "not 320 and 320",
         ),
         (dict(tgt=0), "it takes no empty arrays"),
     ],

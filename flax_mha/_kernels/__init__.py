@@ -12,10 +12,11 @@ backward(query, key, value, mask, scale, dropout, out, lse, d_out, *, precision)
         -> (d_query, d_key, d_value, d_bias, d_scale)
     `d_bias` has one array for each of `mask.attn_bias`.
 
-`_dispatch` makes them differentiable. `blockwise` can also return the attention
-weights; `reference` is the definition, which all others are tested against.
+`_dispatch` makes them differentiable. `blockwise` also returns the attention weights,
+and lse in two terms. `reference` is the definition, which all others are tested
+against; JAX differentiates it.
 
-To add a kernel: write its module, add it here and in `_dispatch.FUSED`.
+To add a kernel: write its module, add it here and in the tables of `_dispatch`.
 """
 
 from collections.abc import Mapping

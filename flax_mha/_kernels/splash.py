@@ -62,8 +62,8 @@ def unsupported(
         return "it takes no attn_mask but is_causal"
     if head_dim > 256 or value.shape[3] != head_dim:
         return (
-            f"it takes one head_dim up to 256, not {head_dim} for queries and "
-            f"{value.shape[3]} for values"
+            "it takes a head_dim up to 256, equal for queries and values, not "
+            f"{head_dim} and {value.shape[3]}"
         )
     if 0 in query.shape or 0 in key.shape:
         return "it takes no empty arrays"
@@ -271,7 +271,7 @@ def _precision(precision: Precision) -> str | None:
 
 
 def _library() -> Any:
-    # Read late: it takes half a second, and the host may have no Pallas.
+    # Read late: a host may have no Pallas.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
     )
