@@ -129,13 +129,12 @@ def test_blockwise_runs_the_rest_in_an_eighth_of_the_logits(call, build):
     assert temporaries(program) <= 4 * (4 * 8 * 4096**2) / 8
 
 
-def test_memory_is_linear_in_the_length():
-    # Growth, because what fits in the vector memory is not counted.
-    single, double, fourfold = (
-        temporaries(compiled("v5e:2x2", 1, length, 1024, 16, {}, grad=False))
-        for length in (8192, 16384, 32768)
-    )
-    assert fourfold - double <= 2.1 * (double - single)
+@pytest.mark.parametrize("length", [8192, 32768])
+def test_memory_is_linear_in_the_length(length):
+    program = compiled("v5e:2x2", 1, length, 1024, 16, {}, grad=False)
+    # Queries, keys, values and output, each as it is and split into heads, where a
+    # head_dim of 64 is padded to 128. All the logits are 250 and 1000 times the input.
+    assert temporaries(program) <= 20 * (length * 1024 * 2)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
