@@ -6,7 +6,6 @@ pass is the arguments, the result and the log of each row's sum, whichever kerne
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -31,11 +30,15 @@ from flax_mha._typing import (
     accumulation_dtype,
 )
 
-FUSED = {"tpu": "splash"}  # by platform; blockwise runs on all
-# XLA cannot divide these among devices.
-UNPARTITIONED = {"splash"}
-# Logits that a TPU keeps in its vector memory, by the compiler's own schedules.
-SMALL_MIB = 64
+FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
+
+
+class Reasons(NamedTuple):
+    """Why a kernel does not run a call, each in words or None; see `_kernels`."""
+
+    never: str | None = None
+    unnamed: str | None = None  # where the caller did not name it
+    divided: str | None = None  # where XLA has to divide it among devices
 
 
 class Plan(NamedTuple):
@@ -45,7 +48,7 @@ class Plan(NamedTuple):
     weights: Literal["mean", "heads"] | None
     precision: Precision
     implementation: str | None
-    reasons: tuple[tuple[str, str | None], ...]  # by kernel: why it cannot, or None
+    reasons: tuple[tuple[str, Reasons], ...]  # by kernel
 
     def kernel(self, target: Target) -> str:
         """Returns the name of the kernel that runs on `target`."""
@@ -64,15 +67,10 @@ class Plan(NamedTuple):
         platforms = [platform for platform, fused in FUSED.items() if fused == name]
         if platforms and target.platform not in platforms:
             return f"it is for {platforms[0]}, not for {target.platform}"
-        reason = dict(self.reasons).get(name)
-        if reason is not None:
-            return reason
-        mib = 4 * math.prod(self.logits) / 2**20
-        if name == "splash" and self.implementation is None and mib <= SMALL_MIB:
-            return f"the logits take {mib:.3g} MiB; XLA is faster up to {SMALL_MIB}"
-        if target.partitioned and name in UNPARTITIONED:
-            return "XLA cannot divide it among devices; call it inside jax.shard_map"
-        return None
+        reasons = dict(self.reasons).get(name, Reasons())
+        unnamed = reasons.unnamed if self.implementation is None else None
+        divided = reasons.divided if target.partitioned else None
+        return reasons.never or unnamed or divided
 
 
 def dot_product_attention(
@@ -132,11 +130,12 @@ def _by_definition(query, key, value, mask, scale, dropout, weights, precision):
 
 
 def _plan(query, key, value, mask, dropout, weights, precision, implementation) -> Plan:
-    def reason(name):
-        missing = KERNELS[name].missing()
-        return missing or KERNELS[name].unsupported(
-            query, key, value, mask, dropout=dropout
-        )
+    def reasons(kernel):
+        args = (query, key, value, mask)
+        never = kernel.missing() or kernel.unsupported(*args, dropout=dropout)
+        if never is not None:
+            return Reasons(never)
+        return Reasons(None, kernel.unwise(*args), kernel.indivisible(*args))
 
     batch, tgt_len, num_heads, _ = query.shape
     plan = Plan(
@@ -144,7 +143,7 @@ def _plan(query, key, value, mask, dropout, weights, precision, implementation) 
         weights=weights,
         precision=precision,
         implementation=implementation,
-        reasons=tuple((name, reason(name)) for name in FUSED.values()),
+        reasons=tuple((name, reasons(KERNELS[name])) for name in FUSED.values()),
     )
     for platform, name in FUSED.items():
         if name == implementation:  # raises what can be known now

@@ -11,7 +11,7 @@ from flax_mha._lowering import PLATFORMS, Target, labels
 
 _TARGETS = {
     **{platform: Target(platform, partitioned=False) for platform in PLATFORMS},
-    "tpu, divided by XLA": Target("tpu", partitioned=True),
+    **{f"{platform}, divided by XLA": Target(platform, True) for platform in FUSED},
 }
 
 
@@ -52,8 +52,8 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
     """Says which kernel each attention call in `function` runs, on every platform.
 
     Nothing is computed. "tpu, divided by XLA" is a program for several TPUs under plain
-    `jit`; inside `jax.shard_map`, and on one TPU, it is "tpu". Calls with
-    `implementation="reference"` are the definition everywhere and are not listed.
+    `jit`; inside `jax.shard_map`, and on one TPU, it is "tpu". So with "cuda". Calls
+    with `implementation="reference"` are the definition everywhere, and not listed.
 
     Args:
         function: What `jax.jit` takes, e.g. `mha.apply`, or a whole model's.

@@ -7,7 +7,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 LAYERS = [
     ["_typing"],
     ["_dropout", "_masks", "_checks", "_params"],
-    ["_blocks", "_lowering"],
+    ["_blocks", "_cudnn_calls", "_lowering"],
     ["_kernels"],
     ["_dispatch"],
     ["_attention", "_explain"],

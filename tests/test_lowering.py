@@ -1,6 +1,7 @@
 """The kernel is chosen when a program is lowered, wherever it was traced."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,18 @@ def test_a_program_for_a_tpu_is_lowered_here_with_splash():
     )
     with jax.enable_x64(False):
         assert "tpu_custom_call" in exported(q, q, q).mlir_module()
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(is_causal=True)], ids=["none", "causal"])
+def test_a_program_for_an_nvidia_gpu_is_lowered_here_with_cudnn(mask):
+    q = jax.ShapeDtypeStruct((4, 127, 8, 60), jnp.bfloat16)
+    step = jax.grad(lambda *args: jnp.sum(attend(*args, mask).astype("float32")))
+    lowered = jax.jit(step).trace(q, q, q).lower(lowering_platforms=("cuda",))
+    targets = re.findall(r"__cudnn\$fmha\w+", lowered.as_text())
+    assert sorted(targets) == [
+        "__cudnn$fmhaSoftmax",
+        "__cudnn$fmhaSoftmaxBackward",
+    ]
 
 
 def test_attention_can_be_exported_for_several_platforms():
@@ -182,6 +195,7 @@ def test_explain_says_what_runs_where():
     assert first.kernels == {
         "cpu": "blockwise",
         "cuda": "blockwise",
+        "cuda, divided by XLA": "blockwise",
         "rocm": "blockwise",
         "tpu": "splash",
         "tpu, divided by XLA": "blockwise",
@@ -200,6 +214,18 @@ def test_explain_sees_into_gradients_and_small_logits():
     (call,) = flax_mha.explain(training, *arrays())
     assert call.kernels["tpu"] == "blockwise"
     assert "the logits take 0.0312 MiB" in call.reasons["tpu"]["splash"]
+
+
+def test_explain_knows_when_a_program_is_divided():
+    bias = jnp.zeros((1, 1, 16, 16), jnp.bfloat16)
+    args = arrays(dtype="bfloat16")
+    (plain,) = flax_mha.explain(attend, *args)
+    (biased,) = flax_mha.explain(attend, *args, Mask(attn_bias=(bias,)))
+    assert plain.kernels["cuda"] == plain.kernels["cuda, divided by XLA"] == "cudnn"
+    assert biased.kernels["cuda"] == "cudnn"
+    assert biased.reasons["cuda, divided by XLA"] == {
+        "cudnn": "JAX does not sum the gradient of a shared float mask over devices"
+    }
 
 
 def test_explain_passes_on_what_is_no_array():

@@ -4,6 +4,13 @@ missing() -> str | None
     What this host lacks to run it, in words.
 unsupported(query, key, value, mask, *, dropout) -> str | None
     Why it cannot run this call, in words, from shapes and dtypes alone.
+
+Those that run on one platform, `_dispatch.FUSED`, also have
+
+unwise(query, key, value, mask) -> str | None
+    Why another is better, unless the caller names this one.
+indivisible(query, key, value, mask) -> str | None
+    Why XLA cannot divide this call among devices.
 forward(query, key, value, mask, scale, dropout, *, precision) -> (out, lse)
     Arrays are (batch, length, heads, dim), and lse, the log of each row's sum of
     exponentials, (batch, heads, tgt, 1) in the dtype of `accumulation_dtype`. A query
@@ -22,10 +29,11 @@ To add a kernel: write its module, add it here and in the tables of `_dispatch`.
 from collections.abc import Mapping
 from types import ModuleType
 
-from flax_mha._kernels import blockwise, reference, splash
+from flax_mha._kernels import blockwise, cudnn, reference, splash
 
 KERNELS: Mapping[str, ModuleType] = {
     "blockwise": blockwise,
+    "cudnn": cudnn,
     "reference": reference,
     "splash": splash,
 }

@@ -25,6 +25,8 @@ from flax_mha._typing import (
     ValueHeads,
 )
 
+# Logits that a TPU keeps in its vector memory, by the compiler's own schedules.
+_SMALL_MIB = 64
 _BACKWARD_PARAMETERS = (
     "save_residuals, mask_value, is_mqa, block_sizes, residual_checkpoint_name, "
     "mask_function, attn_logits_soft_cap, interpret, res, do"
@@ -68,6 +70,22 @@ def unsupported(
     if 0 in query.shape or 0 in key.shape:
         return "it takes no empty arrays"
     return None
+
+
+def unwise(
+    query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
+) -> str | None:
+    batch, tgt_len, num_heads, _ = query.shape
+    mib = 4 * batch * num_heads * tgt_len * key.shape[1] / 2**20
+    if mib <= _SMALL_MIB:
+        return f"the logits take {mib:.3g} MiB; XLA is faster up to {_SMALL_MIB}"
+    return None
+
+
+def indivisible(
+    query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
+) -> str | None:
+    return "XLA cannot divide it among devices; call it inside jax.shard_map"
 
 
 def forward(
