@@ -6,6 +6,7 @@ All checks look at shapes, dtypes and Python values only, so they run while trac
 import math
 import numbers
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -131,6 +132,26 @@ def dropout_call(rate: float, deterministic: bool | None, has_rng: bool) -> None
             f"if dropout={rate} and deterministic=False, rngs must hold a key, as in "
             'apply(..., rngs={"dropout": key}); got none.'
         )
+
+
+def one_of(name: str, value: Any, choices: Collection[str]) -> None:
+    if value is not None and value not in choices:
+        raise ValueError(
+            f"{name} must be None or one of {sorted(choices)}, got {value!r}."
+        )
+
+
+def no_explicit_sharding(**arrays: Array) -> None:
+    """Checks that no array is divided over axes that JAX wants spelled out."""
+    for name, array in arrays.items():
+        spec = jax.typeof(array).sharding.spec
+        if any(spec):
+            raise ValueError(
+                f"{name} must not be divided over explicit mesh axes, got {spec} for "
+                "(batch, length, heads, head_dim): call the layer inside "
+                "jax.shard_map, give the mesh axis_types=(jax.sharding.AxisType.Auto, "
+                "...), or use implementation='reference'."
+            )
 
 
 def floating(**arrays: ArrayLike) -> None:

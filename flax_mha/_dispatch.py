@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from flax_mha import _checks
 from flax_mha._blocks import varying, varying_axes
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import KERNELS, blockwise, reference
@@ -97,15 +98,12 @@ def dot_product_attention(
     Raises:
         ValueError: The kernel named cannot run this call.
     """
-    if implementation is not None and implementation not in KERNELS:
-        raise ValueError(
-            f"implementation must be None or one of {sorted(KERNELS)}, "
-            f"got {implementation!r}."
-        )
+    _checks.one_of("implementation", implementation, KERNELS)
     if implementation == "reference":
         return _by_definition(
             query, key, value, mask, scale, dropout, weights, precision
         )
+    _checks.no_explicit_sharding(query=query, key=key, value=value)
     if precision is None:  # kernels are traced later, outside of this context
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore
     plan = _plan(query, key, value, mask, dropout, weights, precision, implementation)

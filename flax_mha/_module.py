@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax_mha import _checks, _masks
 from flax_mha._attention import multi_head_attention
 from flax_mha._dropout import Dropout
+from flax_mha._kernels import KERNELS
 from flax_mha._params import ParamSpec, parameter_table
 from flax_mha._typing import Array, ArrayLike, DType, Precision
 
@@ -75,6 +76,7 @@ class MultiheadAttention(nn.Module):
         _checks.floating_dtype("param_dtype", self.param_dtype)
         if self.dtype is not None:
             _checks.floating_dtype("dtype", self.dtype)
+        _checks.one_of("implementation", self.implementation, KERNELS)
         self.kdim = self.embed_dim if self.kdim is None else self.kdim
         self.vdim = self.embed_dim if self.vdim is None else self.vdim
         super().__post_init__()

@@ -93,6 +93,11 @@ CONSTRUCTOR = {
         ValueError,
         "embed_dim must be divisible by num_heads, got embed_dim=6 and num_heads=4.",
     ),
+    "implementation": (
+        dict(implementation="flash"),
+        ValueError,
+        f"implementation must be None or one of {sorted(KERNELS)}, got 'flash'.",
+    ),
     "embed_dim_float": (
         dict(embed_dim=6.0),
         TypeError,
@@ -357,18 +362,13 @@ OPTIONS = {
         ValueError,
         "a 2-D attn_mask must have shape (tgt_len, src_len) = (4, 5), got (4, 6).",
     ),
-    "implementation": (
-        (dict(implementation="flash"), CALL),
-        ValueError,
-        f"implementation must be None or one of {sorted(KERNELS)}, got 'flash'.",
-    ),
 }
 
 
 @table(OPTIONS)
 def test_forward_with_options(assert_call_raises, given, error, text):
     options, call = given
-    _, variables = module_and_variables(**options | dict(implementation=None))
+    _, variables = module_and_variables(**options)
     apply = functools.partial(MultiheadAttention(6, 3, **options).apply, variables)
     assert_call_raises(error, text, apply, call)
 

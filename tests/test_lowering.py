@@ -154,6 +154,16 @@ def test_each_device_computes_its_own_part_inside_shard_map(mesh):
     np.testing.assert_allclose(got, attend(*inputs), rtol=2e-5, atol=2e-6)
 
 
+def test_explicit_axes_are_refused_but_by_the_reference():
+    mesh = jax.make_mesh((4, 2), ("data", "heads"))
+    sharding = NamedSharding(mesh, P("data", None, "heads"))
+    inputs = [jax.device_put(x, sharding) for x in arrays()]
+    with pytest.raises(ValueError, match=r"^query must not be divided over explicit"):
+        jax.jit(attend)(*inputs)
+    got = jax.jit(definition)(*inputs)
+    np.testing.assert_allclose(got, definition(*arrays()), rtol=2e-5, atol=2e-6)
+
+
 def test_a_kernel_that_was_named_raises_its_reason():
     q, k, v = arrays(dtype="float64")
     with pytest.raises(ValueError, match="it takes float32 and bfloat16, not float64"):
