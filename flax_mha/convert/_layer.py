@@ -5,7 +5,6 @@ bytes, and the way back is exact, bit for bit, in every dtype. PyTorch itself is
 only to read its pickle files, and for `from_torch`.
 """
 
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,6 @@ __all__ = [
     "state_dict_from_params",
 ]
 
-_PICKLES = (".pt", ".pth", ".bin")
 # Keys that only other attention layers have.
 _LOOK_ALIKES = {
     "q_proj.weight": "separate Linear layers, as fairseq and Hugging Face have them",
@@ -37,43 +35,6 @@ _LOOK_ALIKES = {
     "Wqkv.weight": "flash-attn's MHA",
     "query.kernel": "Flax's MultiHeadDotProductAttention",
 }
-
-
-def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a checkpoint file into NumPy arrays by PyTorch's names.
-
-    Args:
-        path: A `.safetensors` file (needs the safetensors package, not PyTorch), or a
-            `.pt`, `.pth` or `.bin` file (needs PyTorch; read with
-            `weights_only=True`, so that no code in it can run).
-
-    Raises:
-        ValueError: The file is not of these kinds, or holds anything but tensors.
-        ImportError: The package that reads it is not installed.
-    """
-    path = pathlib.Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        return load_file(path)
-    if path.suffix not in _PICKLES:
-        raise ValueError(
-            f"path must end in .safetensors or one of {', '.join(_PICKLES)}, "
-            f"got {str(path)!r}."
-        )
-    import torch
-
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in state_dict.values()
-    ):
-        what = type(state_dict).__name__
-        if isinstance(state_dict, Mapping):
-            what = f"a mapping with keys {list(state_dict)[:8]}"
-        raise ValueError(
-            f"{str(path)!r} must hold a state_dict of tensors, got {what}."
-        )
-    return _as_numpy(state_dict)
 
 
 def params_from_state_dict(
