@@ -67,7 +67,7 @@ def _copied(tensor: Any, name: str) -> np.ndarray:
 
 
 def _refused(path: pathlib.Path, error: Exception) -> ValueError:
-    text = str(error)
+    text = str(error) or type(error).__name__
     code = re.search(r"GLOBAL (\S+)", text)
     if isinstance(error, pickle.UnpicklingError) and code:
         return ValueError(
@@ -76,7 +76,7 @@ def _refused(path: pathlib.Path, error: Exception) -> ValueError:
             "state_dict alone in PyTorch, or allow that name by "
             "torch.serialization.add_safe_globals."
         )
-    reason = text.splitlines()[0] if text else type(error).__name__
+    reason = text.splitlines()[0].partition(". ")[0].rstrip(".")
     return ValueError(
-        f"{str(path)!r} cannot be read by torch.load(weights_only=True): {reason}"
+        f"{str(path)!r} cannot be read by torch.load(weights_only=True): {reason}."
     )

@@ -25,6 +25,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
         path: Of the file or folder.
         specs: Name to `jax.ShapeDtypeStruct`, in the checkpoint's order.
         notes: One sentence for each thing that was peeled, folded or left out.
+
+    Raises:
+        ValueError: When a tensor is read: the file has changed, or is broken there.
     """
 
     def __init__(

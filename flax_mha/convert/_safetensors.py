@@ -13,29 +13,20 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO, TypeGuard
 
-import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.convert._arrays import LazyArray, as_numpy, specs
 
 _DTYPES = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "C64": np.dtype(np.complex64),
+    name: np.dtype(dtype)
+    for name, dtype in {
+        **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16"},
+        **{"I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64"},
+        **{"I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32"},
+        **{"F64": "float64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu"},
+        **{"F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz"},
+        **{"F8_E5M2": "float8_e5m2", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+    }.items()
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the library's limit

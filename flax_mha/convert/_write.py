@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -85,21 +86,12 @@ def save_params(
         named = {"/".join(names): leaf for names, leaf in flat.items()}
         _write_file(path, named, {_OURS: text or "null"}, overwrite)
         return
-    import orbax.checkpoint as ocp
-
-    tree = unflatten_dict(
-        {
-            names: leaf if isinstance(leaf, jax.Array) else as_numpy(leaf, str(names))
-            for names, leaf in flat.items()
-        }
-    )
     if path.exists() and not (path / _ORBAX).exists():
         raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
-    with _replacing(path, overwrite) as aside:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(aside.absolute(), tree)
+    with _replacing(path, overwrite) as new:
+        _save_orbax(new, flat)
         if text is not None:
-            (aside / _OURS_IN_FOLDER).write_text(text)
+            (new / _OURS_IN_FOLDER).write_text(text)
 
 
 def load_params(
@@ -122,6 +114,25 @@ def load_params(
         raise ValueError(f"{str(path)!r} must be written by `save_params`.")
     flat = {name: array.read() for name, array in arrays.items()}
     return unflatten_dict(flat, sep="/"), _conversion(metadata[_OURS])
+
+
+def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    tree = unflatten_dict(
+        {
+            names: leaf if isinstance(leaf, jax.Array) else as_numpy(leaf, str(names))
+            for names, leaf in flat.items()
+        }
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree)
+    except ValueError as error:  # TensorStore's, also where the system failed
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _conversion(text: str) -> Conversion | None:
@@ -162,37 +173,32 @@ def _write_file(
 ) -> None:
     if path.is_dir():
         raise FileExistsError(f"{str(path)!r} is a folder.")
-    with _replacing(path, overwrite) as aside, aside.open("xb") as file:
+    with _replacing(path, overwrite) as new, new.open("xb") as file:
         _safetensors.write(file, arrays, metadata)
 
 
 @contextlib.contextmanager
 def _replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """Yields a free path beside; what is there in the end is renamed to `path`."""
+    """Yields a path in a new folder beside; what is there in the end becomes `path`."""
     if path.exists() and not overwrite:
         raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must be in a folder that exists, got {path!r}.")
-    aside, old = (
-        path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{role}")
-        for role in ("new", "old")
-    )
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    new, old = folder / path.name, folder / "replaced"
+    folder.mkdir()
     try:
-        yield aside
-        for written in [*aside.rglob("*"), aside]:
+        yield new
+        for written in [*new.rglob("*"), new]:
             _sync(written)
         if path.is_dir():  # which cannot be replaced by renaming alone
             path.rename(old)
-        aside.replace(path)
+        new.replace(path)
         _sync(path.parent)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        for leftover in (aside, old):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _sync(path: pathlib.Path) -> None:
