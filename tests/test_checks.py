@@ -823,7 +823,7 @@ STATE_DICTS = {
         dict(state_dict={f"h.{n}": floats(1) for n in range(100)}, prefix="attn."),
         ValueError,
         "prefix must begin some names of the state_dict, got 'attn.'; its names are "
-        "h.0, h.1, h.2, h.3, h.4, h.5, h.6, h.7, ...",
+        "h.0, h.1, h.2, h.3, h.4, h.5, h.6, h.7 and 92 more",
     ),
     "prefix_is_whole_words": (
         dict(state_dict=below("attn1.", PACKED), prefix="attn"),

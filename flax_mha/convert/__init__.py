@@ -21,6 +21,8 @@ from flax_mha.convert._stock import from_stock as from_stock
 from flax_mha.convert._stock import to_stock as to_stock
 from flax_mha.convert._tree import convert_tree as convert_tree
 from flax_mha.convert._tree import plan_tree as plan_tree
+from flax_mha.convert._verify import LayerReport as LayerReport
+from flax_mha.convert._verify import verify as verify
 from flax_mha.convert._write import load_params as load_params
 from flax_mha.convert._write import save_params as save_params
 from flax_mha.convert._write import save_safetensors as save_safetensors
@@ -31,6 +33,7 @@ __all__ = [
     "Conversion",
     "ConvertedLayer",
     "Entry",
+    "LayerReport",
     "LookAlike",
     "convert_tree",
     "find_layers",
@@ -45,4 +48,5 @@ __all__ = [
     "save_safetensors",
     "state_dict_from_params",
     "to_stock",
+    "verify",
 ]

@@ -30,7 +30,7 @@ def names_below(prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
     names = [name for name in state_dict if name.startswith(dotted(prefix))]
     if not names:
         raise ValueError(
-            f"prefix must begin some names of the state_dict, got {prefix!r}; "
+            f"prefix must begin some names of the state_dict, got {dotted(prefix)!r}; "
             f"its names are {few(state_dict) or 'none'}"
         )
     return names

@@ -76,9 +76,9 @@ def plan_tree(
     | LayerNorm, GroupNorm, RMSNorm, BatchNorm | "scale" |
     | anything else | "weight", as it is |
 
-    (Flax's ConvTranspose needs `transpose_kernel=True` for it.) Shapes tell which it is,
-    but for a matrix without a bias, which may be a Linear's or an Embedding's, and for
-    what only looks like an attention layer. Those need `kinds` or a `target`. Other
+    (Flax's ConvTranspose needs `transpose_kernel=True` for it.) Shapes tell which it
+    is, but for a matrix without a bias, which may be a Linear's or an Embedding's, and
+    for what only looks like an attention layer: those need `kinds` or a `target`. Other
     parameters keep name and shape. Lists are named as in Flax: "layers.0.linear1"
     becomes "layers_0/linear1".
 
