@@ -93,7 +93,7 @@ def _load(path: pathlib.Path) -> Any:
         except ImportError:
             raise
         except Exception as error:  # a broken pickle may raise anything
-            raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+            raise ValueError(f"{str(path)!r} cannot be read: {error}.") from error
 
 
 def _lazy(
@@ -131,16 +131,15 @@ def _read(
             file.seek(chunk.offset)
             content = io.BytesIO(file.read(chunk.length))
         part = as_numpy(_pickles.load(content, chunk.path, mmap=False), name)
-        place = array[
-            tuple(
-                slice(first, first + size)
-                for first, size in zip(chunk.start, chunk.shape, strict=True)
-            )
-        ]
-        if (part.shape, part.dtype) != (place.shape, dtype):
+        place = tuple(
+            slice(first, first + size)
+            for first, size in zip(chunk.start, chunk.shape, strict=True)
+        )
+        wanted = array[place].shape
+        if (part.shape, part.dtype) != (wanted, dtype):
             raise ValueError(
-                f"{str(chunk.path)!r} must hold {dtype}{list(place.shape)} of {name}, "
+                f"{str(chunk.path)!r} must hold {dtype}{list(wanted)} of {name}, "
                 f"got {part.dtype}{list(part.shape)}."
             )
-        place[...] = part
+        array[place] = part
     return array
