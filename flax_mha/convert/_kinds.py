@@ -21,8 +21,13 @@ def chosen_kinds(tensors: Specs, kinds: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: A pattern matches nothing, or a tensor cannot be of the kind.
     """
-    keys = {_called(key): key for key in tensors}
-    found = first_matches(kinds, list(keys), "kinds")
+    keys = {key.removesuffix(".weight"): key for key in tensors}
+    found = first_matches(
+        kinds,
+        list(keys),
+        "kinds",
+        lambda pattern, name: kinds[pattern] == "weight" or keys[name] != name,
+    )
     chosen = {keys[name]: kinds[pattern] for name, pattern in found.items()}
     for key, kind in chosen.items():
         possible = _possible(key, tensors[key])
@@ -104,11 +109,6 @@ def axes_order(key: str, kind: str, rank: int) -> tuple[int, ...]:
     if kind == "kernel" and parameter_name(key, kind) != key:
         return (*range(2, rank), 1, 0)
     return tuple(range(rank))
-
-
-def _called(key: str) -> str:
-    """Returns what the patterns of `kinds` match: the module, if `weight` is its."""
-    return key.removesuffix(".weight")
 
 
 def _possible(key: str, spec: jax.ShapeDtypeStruct) -> tuple[str, ...]:

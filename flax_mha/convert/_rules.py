@@ -1,7 +1,7 @@
 """Names of a state_dict: those below a prefix, and those that patterns match."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_mha.convert._arrays import few
@@ -47,9 +47,16 @@ def compiled(pattern: str, argument: str) -> re.Pattern:
 
 
 def first_matches(
-    patterns: Iterable[str], names: Sequence[str], argument: str
+    patterns: Iterable[str],
+    names: Sequence[str],
+    argument: str,
+    may_match: Callable[[str, str], bool] = lambda pattern, name: True,
 ) -> dict[str, str]:
     """Returns, for each name that some pattern matches whole, the first that does.
+
+    Args:
+        argument: What messages call the patterns.
+        may_match: Whether to try this pattern on this name.
 
     Raises:
         ValueError: A pattern is no regular expression, or is the first for no name.
@@ -57,7 +64,11 @@ def first_matches(
     expressions = {pattern: compiled(pattern, argument) for pattern in patterns}
     found = {}
     for name in names:
-        matching = (p for p, e in expressions.items() if e.fullmatch(name))
+        matching = (
+            pattern
+            for pattern, expression in expressions.items()
+            if may_match(pattern, name) and expression.fullmatch(name)
+        )
         first = next(matching, None)
         if first is not None:
             found[name] = first

@@ -96,9 +96,9 @@ def plan_tree(
             dotted name of each parameter in Flax, "encoder.layers.0.linear1.kernel",
             before its numbers are joined. (Stacked layers have no number.)
         kinds: {pattern of module names: "kernel", "embedding", "scale" or "weight"};
-            the first counts. Parameters not called `weight` match by their own name,
-            and can only be "weight": as they are. An attention layer with a module
-            that matches is not converted as one.
+            the first counts. "weight" also matches the names of other parameters, to
+            say that they are wanted as they are. An attention layer with a module that
+            matches is not converted as one.
         ignore: Patterns of names to leave out, also on the way back.
         target: What the tree must be: nested dicts of anything with shape and dtype, as
             `jax.eval_shape(model.init, ...)["params"]`. Where `kinds` says nothing, it
