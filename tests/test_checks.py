@@ -958,6 +958,7 @@ def test_params_are_not_changed():
 def test_file_of_unknown_kind():
     assert_raises(
         ValueError,
-        "path must end in .safetensors or one of .pt, .pth, .bin, got 'layer.npz'.",
+        "path must be a folder or end in .safetensors, .index.json or one of "
+        ".pt, .pth, .bin, .ckpt, got 'layer.npz'.",
         lambda: read_state_dict("layer.npz"),
     )
