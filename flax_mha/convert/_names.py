@@ -34,7 +34,7 @@ class Names:
 
     Raises:
         ValueError: A stack is not of children 0 to n - 1, or a pattern of `rename` is
-            no regular expression.
+            no regular expression, or its replacement none.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Names:
             (compiled(pattern, "rename"), replacement)
             for pattern, replacement in rename.items()
         ]
+        for pattern, replacement in self._rename:
+            _check_replacement(pattern, replacement)
         self._stacks = {
             module: re.compile(rf"({re.escape(module)})\.(\d+)\.") for module in stack
         }
@@ -84,3 +86,13 @@ class Names:
                 f"got {module!r} with {few(map(str, sorted(children))) or 'none'}."
             )
         return len(children)
+
+
+def _check_replacement(pattern: re.Pattern, replacement: str) -> None:
+    try:
+        pattern.sub(replacement, "")
+    except (re.error, IndexError, TypeError) as error:
+        raise ValueError(
+            f"rename must have replacements as re.sub takes them, got {replacement!r} "
+            f"for {pattern.pattern!r}: {error}."
+        ) from None
