@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.core import meta, unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.core import meta
+from flax.traverse_util import unflatten_dict
 
 from flax_mha.convert import _strict
 from flax_mha.convert._arrays import as_numpy, specs
@@ -107,6 +107,24 @@ class Conversion:
     layers: tuple[ConvertedLayer, ...]
     ignored: tuple[str, ...] = ()
 
+    def check(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises an error unless this state_dict is like the one planned for.
+
+        Raises:
+            ValueError: A tensor is missing, misshapen or of another dtype; all are
+                listed.
+        """
+        wanted = {
+            key: jax.ShapeDtypeStruct(entry.torch_shape, entry.dtype)
+            for entry in self.entries
+            for key in entry.keys
+        }
+        have = {key: spec for key, spec in specs(state_dict).items() if key in wanted}
+        _strict.raise_if_any(
+            "state_dict must be like the one that was planned for",
+            _strict.spec_differences(have, wanted),
+        )
+
     def params(
         self, state_dict: Mapping[str, Any], place: Place | None = None
     ) -> dict[str, Any]:
@@ -128,16 +146,7 @@ class Conversion:
             ValueError: A tensor is missing, misshapen or of another dtype; or of
                 64 bits, to be placed while JAX has only 32.
         """
-        wanted = {
-            key: jax.ShapeDtypeStruct(entry.torch_shape, entry.dtype)
-            for entry in self.entries
-            for key in entry.keys
-        }
-        have = {key: spec for key, spec in specs(state_dict).items() if key in wanted}
-        _strict.raise_if_any(
-            "state_dict must be like the one that was planned for",
-            _strict.spec_differences(have, wanted),
-        )
+        self.check(state_dict)
         flat = {}
         for entry in self.entries:
             param = entry.param(state_dict)
@@ -193,14 +202,14 @@ class Conversion:
             ) from error
 
 
-def _entry(fields: Mapping[str, Any]) -> Entry:
+def _entry(fields: dict[str, Any]) -> Entry:
     """Returns the entry of which these fields are, with JSON's lists for tuples."""
-    dtype = np.dtype(fields["dtype"])
-    others = {
+    entry: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in fields.items()
     }
-    return Entry(**others | {"dtype": dtype})
+    entry["dtype"] = np.dtype(fields["dtype"])
+    return Entry(**entry)
 
 
 class _StateDict(Mapping):
@@ -221,11 +230,18 @@ class _StateDict(Mapping):
         return len(self._entries)
 
 
-def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the leaves by their path, without Flax's boxes around them."""
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must be nested dicts of arrays, got {type(params)}.")
-    return flatten_dict(meta.unbox(unfreeze(params)), sep="/")
+def flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
+    """Returns the leaves by their path, out of any boxes that Flax keeps them in."""
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"params must be nested dicts of arrays, got {type(tree)}.")
+    flat = {}
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            for below, leaf in flatten(node, separator).items():
+                flat[f"{name}{separator}{below}"] = leaf
+        else:
+            flat[str(name)] = meta.unbox(node)
+    return flat
 
 
 def _placed(param: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

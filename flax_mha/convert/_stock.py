@@ -5,11 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
-from flax.traverse_util import flatten_dict
 
 from flax_mha._params import SEPARATE_WEIGHTS, parameter_table
 from flax_mha.convert import _strict
+from flax_mha.convert._conversion import flatten
 
 _PROJECTIONS = ("query", "key", "value")
 
@@ -61,16 +60,21 @@ def _each_layer(
     if not isinstance(tree, Mapping):
         return tree
     if is_layer(tree):
-        return change(flatten_dict(unfreeze(tree), sep="."))
+        return change(flatten(tree, "."))
     return {name: _each_layer(below, is_layer, change) for name, below in tree.items()}
 
 
 def _to_stock(params: dict[str, Any]) -> dict[str, Any]:
     shapes = {name: tuple(np.shape(param)) for name, param in params.items()}
-    *stacked, embed_dim, num_heads, _ = shapes.get("out_proj.weight", (1, 1, 1))
-    kdim, vdim = (shapes.get(name, (embed_dim,))[-1] for name in SEPARATE_WEIGHTS[1:])
+    *stacked, embed_dim, num_heads, _ = _at_least_3(shapes, "out_proj.weight")
+    packed = "in_proj_weight" in params
+    kdim, vdim = (_at_least_3(shapes, name)[-1] for name in SEPARATE_WEIGHTS[1:])
     table = parameter_table(
-        embed_dim, num_heads, kdim=kdim, vdim=vdim, bias="in_proj_bias" in params
+        embed_dim,
+        num_heads,
+        kdim=embed_dim if packed else kdim,
+        vdim=embed_dim if packed else vdim,
+        bias="in_proj_bias" in params,
     )
     _strict.raise_if_any(
         "params must be those of a MultiheadAttention without bias_k and bias_v",
@@ -78,15 +82,16 @@ def _to_stock(params: dict[str, Any]) -> dict[str, Any]:
             shapes, {name: (*stacked, *spec.shape) for name, spec in table.items()}
         ),
     )
+    library = _numpy_or_jax(*params.values())
     weights = [params.get(name) for name in SEPARATE_WEIGHTS]
-    if "in_proj_weight" in params:  # (..., 3, num_heads, head_dim, embed_dim)
+    if packed:  # (..., 3, num_heads, head_dim, embed_dim)
         weights = [params["in_proj_weight"][..., n, :, :, :] for n in range(3)]
-    stock = {
-        name: {"kernel": _numpy_or_jax(weight).moveaxis(weight, -1, -3)}
+    stock: dict[str, Any] = {
+        name: {"kernel": library.moveaxis(weight, -1, -3)}
         for name, weight in zip(_PROJECTIONS, weights, strict=True)
     }
     out = params["out_proj.weight"]
-    stock["out"] = {"kernel": _numpy_or_jax(out).moveaxis(out, -3, -1)}
+    stock["out"] = {"kernel": library.moveaxis(out, -3, -1)}
     if "in_proj_bias" in params:
         for n, name in enumerate(_PROJECTIONS):
             stock[name]["bias"] = params["in_proj_bias"][..., n, :, :]
@@ -96,13 +101,11 @@ def _to_stock(params: dict[str, Any]) -> dict[str, Any]:
 
 def _from_stock(stock: dict[str, Any]) -> dict[str, Any]:
     shapes = {name: tuple(np.shape(param)) for name, param in stock.items()}
-    *stacked, num_heads, head_dim, embed_dim = shapes.get("out.kernel", (1, 1, 1))
+    *stacked, num_heads, head_dim, embed_dim = _at_least_3(shapes, "out.kernel")
     heads = (num_heads, head_dim)
-    kdim, vdim = (
-        shapes.get(name, (embed_dim, *heads))[-3]
-        for name in ("key.kernel", "value.kernel")
-    )
-    wanted = {
+    kdim = _at_least_3(shapes, "key.kernel")[-3]
+    vdim = _at_least_3(shapes, "value.kernel")[-3]
+    wanted: dict[str, _strict.Shape] = {
         "query.kernel": (num_heads * head_dim, *heads),
         "key.kernel": (kdim, *heads),
         "value.kernel": (vdim, *heads),
@@ -118,18 +121,26 @@ def _from_stock(stock: dict[str, Any]) -> dict[str, Any]:
         ),
     )
     library = _numpy_or_jax(*stock.values())
-    weights = [
+    weights: list[Any] = [
         library.moveaxis(stock[f"{name}.kernel"], -3, -1) for name in _PROJECTIONS
     ]
-    params: dict[str, Any] = dict(zip(SEPARATE_WEIGHTS, weights, strict=True))
+    params: dict[str, Any]
     if kdim == vdim == embed_dim:
         params = {"in_proj_weight": library.stack(weights, axis=-4)}
+    else:
+        params = dict(zip(SEPARATE_WEIGHTS, weights, strict=True))
     params["out_proj"] = {"weight": library.moveaxis(stock["out.kernel"], -1, -3)}
     if "out.bias" in stock:
         biases = [stock[f"{name}.bias"] for name in _PROJECTIONS]
         params["in_proj_bias"] = library.stack(biases, axis=-3)
         params["out_proj"]["bias"] = stock["out.bias"]
     return params
+
+
+def _at_least_3(shapes: Mapping[str, _strict.Shape], name: str) -> _strict.Shape:
+    """Returns a shape to take apart; one that is too short is misshapen anyway."""
+    shape = shapes.get(name, ())
+    return shape if len(shape) >= 3 else (1, 1, 1)
 
 
 def _numpy_or_jax(*arrays: Any) -> Any:

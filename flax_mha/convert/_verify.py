@@ -84,6 +84,7 @@ def verify(
     """
     if conversion is None:
         conversion = plan_tree(state_dict, num_heads, target=params)
+    conversion.check(state_dict)
     back = conversion.state_dict(params)
     known = specs(state_dict)
     layers = find_layers({key: known[key] for key in back if key in known})
@@ -204,6 +205,7 @@ def _in_flax(
     inputs: list[np.ndarray],
     masks: list[dict[str, np.ndarray]],
 ) -> _Results:
+    module, variables = None, params
     if layer.output_dim == layer.embed_dim:
         module = MultiheadAttention(
             layer.embed_dim,
@@ -214,23 +216,20 @@ def _in_flax(
             vdim=layer.vdim,
             batch_first=True,
         )
-        params = {"params": unflatten_dict(params, sep=".")}
-    else:  # the module has no such option; this is what it calls
-        module = None
+        variables = {"params": unflatten_dict(params, sep=".")}
     # In float64, which not every device has.
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        results = _attend(module, params, inputs, masks)
+        results = _attend(module, variables, inputs, masks)
     return jax.tree.map(np.asarray, results)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _attend(module, params, inputs, masks):
-    options = dict(average_attn_weights=False)
-    if module is None:
-        call = functools.partial(multi_head_attention, params, batch_first=True)
+def _attend(module, variables, inputs, masks):
+    if module is None:  # other output features: the module has no such option
+        call = functools.partial(multi_head_attention, variables, batch_first=True)
     else:
-        call = functools.partial(module.apply, params)
-    return [call(*inputs, **mask, **options) for mask in masks]
+        call = functools.partial(module.apply, variables)
+    return [call(*inputs, **mask, average_attn_weights=False) for mask in masks]
 
 
 def _in_torch(
@@ -241,27 +240,27 @@ def _in_torch(
 ) -> _Results:
     import torch
 
-    given = {name.replace(".", "_"): torch.tensor(a) for name, a in tensors.items()}
-    given = {
-        "in_proj_weight": None,
-        "in_proj_bias": None,
-        "bias_k": None,
-        "bias_v": None,
-        "out_proj_bias": None,
-    } | given
+    missing = ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.bias")
+    given: dict[str, Any] = dict.fromkeys(missing) | {
+        name: torch.tensor(array) for name, array in tensors.items()
+    }
+    query, key, value = (torch.tensor(array.swapaxes(0, 1)) for array in inputs)
     results = []
     for mask in masks:
         output, weights = torch.nn.functional.multi_head_attention_forward(
-            *(torch.tensor(array.swapaxes(0, 1)) for array in inputs),
-            inputs[0].shape[-1],
+            query,
+            key,
+            value,
+            query.shape[-1],
             num_heads,
             add_zero_attn=False,
             dropout_p=0.0,
             average_attn_weights=False,
             use_separate_proj_weight=given["in_proj_weight"] is None,
             **{name: torch.tensor(array) for name, array in mask.items()},
-            **given,
+            **{name.replace(".", "_"): tensor for name, tensor in given.items()},
         )
+        assert weights is not None  # as they are needed
         results.append((output.numpy().swapaxes(0, 1), weights.numpy()))
     return results
 
