@@ -147,11 +147,13 @@ class Conversion:
                 64 bits, to be placed while JAX has only 32.
         """
         self.check(state_dict)
-        flat = {}
-        for entry in self.entries:
-            param = entry.param(state_dict)
-            sharding = place and place(entry.path, entry.axes, entry.spec)
-            flat[entry.path] = param if sharding is None else _placed(param, sharding)
+        flat = {
+            entry.path: _placed(
+                entry.param(state_dict),
+                place and place(entry.path, entry.axes, entry.spec),
+            )
+            for entry in self.entries
+        }
         return unflatten_dict(flat, sep="/")
 
     def state_dict(self, params: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
@@ -244,8 +246,12 @@ def flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
     return flat
 
 
-def _placed(param: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def _placed(
+    param: np.ndarray, sharding: jax.sharding.Sharding | None
+) -> np.ndarray | jax.Array:
     """Puts each device's part on it, and waits, so that the host can forget it."""
+    if sharding is None:
+        return param
     if jax.dtypes.canonicalize_dtype(param.dtype) != param.dtype:
         raise ValueError(
             f"place must leave parameters of dtype {param.dtype} to NumPy unless JAX "
