@@ -43,7 +43,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         stamp = _stamp(file)
         header = _header(file, path)
         start = file.tell()
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not _is_texts(metadata):
         raise _broken(path, f"__metadata__ must map texts to texts, got {metadata!r}")
     places = {name: _place(name, info, path) for name, info in header.items()}
@@ -114,7 +115,7 @@ def _header(file: BinaryIO, path: pathlib.Path) -> dict[str, Any]:
             path, f"its header must have {length} bytes, but {max(size - 8, 0)} follow"
         )
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):

@@ -145,9 +145,13 @@ def _restore(path: pathlib.Path) -> tuple[dict[str, Any], Conversion | None]:
     if not (path / _ORBAX).exists():
         raise ValueError(f"{str(path)!r} must be an Orbax checkpoint.")
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path.absolute()).item_metadata.tree
+        metadata = checkpointer.metadata(path.absolute()).item_metadata
+        if metadata is None:
+            raise ValueError(f"{str(path)!r} is a broken Orbax checkpoint.")
         # Not JAX's arrays, which would be on a device, and float32 at most.
-        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        wanted = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
+        )
         params = checkpointer.restore(path.absolute(), restore_args=wanted)
     ours = path / _OURS_IN_FOLDER
     return params, _conversion(ours.read_text()) if ours.exists() else None
@@ -183,7 +187,9 @@ def _replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must be in a folder that exists, got {path!r}.")
+        raise FileNotFoundError(
+            f"path must be in a folder that exists, got {str(path)!r}."
+        )
     folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     new, old = folder / path.name, folder / "replaced"
     folder.mkdir()
