@@ -49,14 +49,7 @@ def specs(state_dict: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     known = getattr(state_dict, "specs", None)
     if known is not None:
         return dict(known)
-    return {name: spec(tensor, name) for name, tensor in state_dict.items()}
-
-
-def spec(tensor: Any, name: str) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype that `as_numpy` would give."""
-    if not is_array(tensor):
-        raise _not_an_array(tensor, name)
-    return jax.ShapeDtypeStruct(tuple(tensor.shape), numpy_dtype(tensor.dtype, name))
+    return {name: _spec(tensor, name) for name, tensor in state_dict.items()}
 
 
 def is_array(value: Any) -> bool:
@@ -82,6 +75,12 @@ def few(names: Iterable[Any], limit: int = 8) -> str:
     names = [str(name) for name in names]
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _spec(tensor: Any, name: str) -> jax.ShapeDtypeStruct:
+    if not is_array(tensor):
+        raise _not_an_array(tensor, name)
+    return jax.ShapeDtypeStruct(tuple(tensor.shape), numpy_dtype(tensor.dtype, name))
 
 
 def _torch_as_numpy(tensor: "torch.Tensor", name: str) -> np.ndarray:
