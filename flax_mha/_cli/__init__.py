@@ -1,6 +1,7 @@
 """The command line: what can be typed. `_commands` does it."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ a name, they match whole names.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = _parser().parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's warnings
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
@@ -129,6 +131,10 @@ def _add_convert_options(command: argparse.ArgumentParser) -> None:
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "file", type=Path, metavar="FILE", help="PyTorch's checkpoint, file or folder"
+    )
+    command.add_argument(
+        "--wrapper",
+        help="the entry of FILE to take, model_ema say, where it has several",
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
@@ -16,11 +15,12 @@ from rich.table import Table
 
 from flax_mha import convert
 from flax_mha.convert._arrays import specs
+from flax_mha.convert._conversion import flatten
 
 
 def inspect(args: argparse.Namespace) -> int:
     """List the attention layers of a checkpoint, and what only looks like one."""
-    checkpoint = convert.read_state_dict(args.file)
+    checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
     layers = convert.find_layers(checkpoint)
     look_alikes = convert.find_look_alikes(checkpoint)
 
@@ -54,7 +54,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def convert_(args: argparse.Namespace) -> int:
     """Convert a whole checkpoint to Flax parameters."""
-    checkpoint = convert.read_state_dict(args.file)
+    checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
     conversion = convert.plan_tree(
         checkpoint,
         _num_heads(args.num_heads),
@@ -69,13 +69,13 @@ def convert_(args: argparse.Namespace) -> int:
         progress.add_task("writing", total=None)
         convert.save_params(args.out, params, conversion, overwrite=args.overwrite)
     _print(checkpoint.notes)
-    _print([f"wrote {args.out}; to check it: flax-mha verify {args.file} {args.out}"])
+    _print([f"wrote {args.out}; flax-mha verify compares it with {args.file}"])
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     """Run each attention layer of both on random inputs, and compare the numbers."""
-    checkpoint = convert.read_state_dict(args.file)
+    checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
     params, conversion = _load_converted(args.out)
     try:
         reports = convert.verify(checkpoint, params, conversion=conversion)
@@ -142,11 +142,12 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
     """Returns tensors by PyTorch's names, or by Flax's where those are not known."""
     try:
         params, conversion = convert.load_params(path)
-    except ValueError:  # not what convert wrote
-        return convert.read_state_dict(path)
-    if conversion is None:
-        return flatten_dict(params, sep="/")
-    return conversion.state_dict(params)
+    except ValueError as not_ours:
+        try:
+            return convert.read_state_dict(path)
+        except ValueError as not_theirs:
+            raise ValueError(f"{not_theirs} Nor is it converted: {not_ours}") from None
+    return conversion.state_dict(params) if conversion else flatten(params)
 
 
 def _load_converted(path: Path) -> tuple[dict[str, Any], convert.Conversion]:
