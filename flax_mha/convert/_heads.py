@@ -31,7 +31,7 @@ def heads_of(
             embed_dim, or a pattern matches no layer.
         TypeError: A number is not an integer.
     """
-    said = ""  # what of it left a layer without a number
+    said = ""  # which left a layer without a number
     if isinstance(num_heads, Mapping):
         used = first_matches(num_heads, [layer.prefix for layer in layers], "num_heads")
         numbers = {prefix: num_heads[pattern] for prefix, pattern in used.items()}
@@ -51,8 +51,8 @@ def heads_of(
         ]
         raise ValueError(
             "num_heads must be given for each attention layer, as no tensor records "
-            'it: one number, {"pattern of prefixes": number}, or a function; '
-            f"{said}, which does not tell it for {few(listed)}."
+            'it: one number, {"pattern of prefixes": number}, or a function. That of '
+            f"{few(listed)} is not known: {said}."
         )
     return {layer.prefix: _checked(layer, numbers[layer.prefix]) for layer in layers}
 

@@ -1,11 +1,11 @@
 """What kind of parameter each tensor is, and so how its axes go."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import jax
 
 from flax_mha.convert import _strict
-from flax_mha.convert._find import find_look_alikes
+from flax_mha.convert._find import LookAlike, find_look_alikes
 from flax_mha.convert._names import Names
 from flax_mha.convert._rules import first_matches
 
@@ -26,7 +26,7 @@ def chosen_kinds(tensors: Specs, kinds: Mapping[str, str]) -> dict[str, str]:
         kinds,
         list(keys),
         "kinds",
-        lambda pattern, name: kinds[pattern] == "weight" or keys[name] != name,
+        lambda pattern, name: kinds[pattern] == "weight" or _is_weight(keys[name]),
     )
     chosen = {keys[name]: kinds[pattern] for name, pattern in found.items()}
     for key, kind in chosen.items():
@@ -84,36 +84,39 @@ def kinds_of(
             buffer.append(key)
         elif _is_unclear_matrix(key, tensors):
             matrix.append(key)
-    hint = [
-        f"\n  {look_alike.prefix!r}: {look_alike.reason}"
-        for look_alike in look_alikes
-        if other
-    ]
     _strict.raise_if_any(
         "state_dict must leave no doubt what its tensors are (say so in kinds, as "
         '{".*lm_head": "kernel"}, or in ignore, or give a target)',
         doubts,
-        "".join(hint),
+        reasons(look_alikes) if other else "",
     )
     return kinds
 
 
+def reasons(look_alikes: Iterable[LookAlike]) -> str:
+    """Returns a line for each, to end a message with."""
+    return "".join(f"\n  {alike.prefix!r}: {alike.reason}" for alike in look_alikes)
+
+
 def parameter_name(key: str, kind: str) -> str:
     """Returns the dotted name in Flax."""
-    module, dot, leaf = key.rpartition(".")
-    return f"{module}{dot}{kind if leaf == 'weight' else leaf}"
+    return key.removesuffix("weight") + kind if _is_weight(key) else key
 
 
 def axes_order(key: str, kind: str, rank: int) -> tuple[int, ...]:
     """Returns the tensor's axes in Flax's order: (..., in, out) for a kernel."""
-    if kind == "kernel" and parameter_name(key, kind) != key:
+    if kind == "kernel" and _is_weight(key):
         return (*range(2, rank), 1, 0)
     return tuple(range(rank))
 
 
+def _is_weight(key: str) -> bool:
+    return key.rpartition(".")[2] == "weight"
+
+
 def _possible(key: str, spec: jax.ShapeDtypeStruct) -> tuple[str, ...]:
     """Returns the kinds that such a tensor can be of, the likeliest first."""
-    if key.rpartition(".")[2] != "weight" or not spec.shape:
+    if not _is_weight(key) or not spec.shape:
         return ("weight",)
     if len(spec.shape) == 1:
         return ("scale", "weight")
@@ -124,8 +127,7 @@ def _possible(key: str, spec: jax.ShapeDtypeStruct) -> tuple[str, ...]:
 
 def _is_unclear_matrix(key: str, tensors: Specs) -> bool:
     """Whether it is a `weight` without the bias that makes it a Linear's."""
-    module, dot, leaf = key.rpartition(".")
-    bias = tensors.get(f"{module}{dot}bias")
-    rows, *columns = tensors[key].shape or (0,)
-    has_bias = bias is not None and bias.shape == (rows,)
-    return leaf == "weight" and len(columns) == 1 and not has_bias
+    bias = tensors.get(f"{key.removesuffix('weight')}bias")
+    shape = tensors[key].shape
+    has_bias = bias is not None and bias.shape == shape[:1]
+    return _is_weight(key) and len(shape) == 2 and not has_bias

@@ -16,9 +16,15 @@ from flax_mha.convert._conversion import (
     Place,
     flatten,
 )
-from flax_mha.convert._find import AttentionLayer, find_layers
+from flax_mha.convert._find import AttentionLayer, find_layers, find_look_alikes
 from flax_mha.convert._heads import Heads, heads_of
-from flax_mha.convert._kinds import axes_order, chosen_kinds, kinds_of, parameter_name
+from flax_mha.convert._kinds import (
+    axes_order,
+    chosen_kinds,
+    kinds_of,
+    parameter_name,
+    reasons,
+)
 from flax_mha.convert._names import Location, Names
 from flax_mha.convert._rules import first_matches, names_below
 
@@ -138,6 +144,7 @@ def plan_tree(
         _strict.raise_if_any(
             "state_dict must convert to what target has",
             _strict.spec_differences(have, wanted),
+            reasons(find_look_alikes(tensors)),
         )
     position = {key: at for at, key in enumerate(tensors)}
     entries.sort(key=lambda entry: position[entry.keys[0]])

@@ -389,7 +389,7 @@ def test_an_unclear_config_json_is_not_guessed_from(tmp_path, config):
     with pytest.raises(ValueError) as raised:
         plan_tree(checkpoint)
     assert "config.json says {" in str(raised.value)
-    assert "for 'text_model.layers.0.attn' (embed_dim 6)" in str(raised.value)
+    assert "That of 'text_model.layers.0.attn' (embed_dim 6)" in str(raised.value)
 
 
 # Whole models.
@@ -602,6 +602,19 @@ def test_the_target_tells_what_a_matrix_is(kind):
     np.testing.assert_array_equal(params["head"][kind], turned)
 
 
+def test_a_root_weight_is_named_by_its_own_name():
+    params = convert_tree({"weight": torch.ones(2, 3)}, kinds={"weight": "kernel"})
+    assert params["kernel"].shape == (3, 2)
+
+
+def test_a_target_that_differs_also_says_what_looks_alike():
+    state_dict, reason = LOOK_ALIKES["whisper_without_k_bias"]
+    with pytest.raises(ValueError) as raised:
+        plan_tree(state_dict, target={"in_proj_weight": f32(3, 3, 2, 6)})
+    assert "\n  missing: in_proj_weight (3, 3, 2, 6)\n" in str(raised.value)
+    assert str(raised.value).endswith(f"\n  '': {reason}")
+
+
 def test_a_target_in_flaxs_boxes():
     wanted = {
         "head": {"kernel": nn.Partitioned(jnp.ones((3, 2), np.float32), (None,) * 2)}
@@ -652,8 +665,8 @@ WRONG = {
         dict(state_dict=BELOW),
         ValueError,
         "num_heads must be given for each attention layer, as no tensor records it: "
-        'one number, {"pattern of prefixes": number}, or a function; there is no '
-        "config.json, which does not tell it for 'a' (embed_dim 6).",
+        "one number, {\"pattern of prefixes\": number}, or a function. That of 'a' "
+        "(embed_dim 6) is not known: there is no config.json.",
     ),
     "heads_of_others": (
         dict(state_dict=BELOW, num_heads={"b": 3}),
