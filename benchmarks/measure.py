@@ -64,7 +64,7 @@ def compare(case, contenders: dict[str, Callable], repeats: int) -> dict[str, di
                 results[name]["reason"] = "needs more than half of the memory"
                 continue
             step.call()  # warms up: threads start, pages come in, PyTorch compiles
-            results[name]["peak_bytes"] = _peak_bytes(step.call)
+            results[name]["peak_bytes"] = peak_bytes(step.call)
             steps[name] = step
         except Exception as error:
             traceback.print_exc()
@@ -76,7 +76,7 @@ def compare(case, contenders: dict[str, Callable], repeats: int) -> dict[str, di
         for name, step in steps.items():
             if sum(times[name]) < LIMIT_S:
                 time.sleep(PAUSE_S)
-                times[name].append(_seconds(step.call))
+                times[name].append(seconds_of(step.call))
     for name, seconds in times.items():
         results[name]["median_ms"] = 1000 * statistics.median(seconds)
         results[name]["min_ms"] = 1000 * min(seconds)
@@ -102,13 +102,13 @@ def machine() -> dict:
     }
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def _peak_bytes(call: Callable[[], object]) -> int | None:
+def peak_bytes(call: Callable[[], object]) -> int | None:
     """Returns by how much a call, with its result, raises the process's memory.
 
     XLA's own number, `temp_bytes`, does not count what its CPU library for fusions
@@ -139,7 +139,9 @@ def _gemm_gflops(size: int = 2048) -> dict[str, float]:
         "jax": jax_step(lambda x: x @ x, ours).call,
         "torch": lambda: theirs @ theirs,
     }
-    best = {name: min(_seconds(call) for _ in range(7)) for name, call in calls.items()}
+    best = {
+        name: min(seconds_of(call) for _ in range(7)) for name, call in calls.items()
+    }
     return {name: 2 * size**3 / seconds / 1e9 for name, seconds in best.items()}
 
 

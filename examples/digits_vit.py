@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from matplotlib.figure import Figure
 from rich.progress import track
-from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -69,37 +67,6 @@ class VisionTransformer(nn.Module):
 
 
 model = VisionTransformer()
-
-
-def params_from_torch(state_dict):
-    """Returns Flax params for the state_dict of the PyTorch model."""
-    flat = {}
-    for name, array in state_dict.items():
-        *layer, leaf = name.replace("blocks.", "blocks_").split(".")
-        if "attn" not in layer:
-            if leaf == "weight":
-                leaf = "kernel" if array.ndim == 2 else "scale"
-            flat[*layer, leaf] = array.T if leaf == "kernel" else array
-    for i in range(NUM_BLOCKS):
-        flat[f"blocks_{i}", "attn"] = convert.params_from_state_dict(
-            state_dict, NUM_HEADS, prefix=f"blocks.{i}.attn"
-        )
-    return unflatten_dict(flat)
-
-
-def state_dict_from_params(params):
-    """Returns the PyTorch model's state_dict; undoes `params_from_torch`."""
-    state_dict = {}
-    layers = flatten_dict(params, is_leaf=lambda path, _: path[-1:] == ("attn",))
-    for path, leaf in layers.items():
-        name = ".".join(path).replace("blocks_", "blocks.")
-        if path[-1] == "attn":
-            state_dict |= convert.state_dict_from_params(leaf, prefix=name)
-        else:
-            name = name.replace(".kernel", ".weight").replace(".scale", ".weight")
-            array = leaf.T if path[-1] == "kernel" else leaf
-            state_dict[name] = np.array(array, order="C")  # as safetensors needs it
-    return state_dict
 
 
 def load_digits_split():
@@ -177,7 +144,9 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
 
     state_dict = convert.read_state_dict(args.data / "digits_vit.safetensors")
-    params = params_from_torch(state_dict)
+    conversion = convert.plan_tree(state_dict, NUM_HEADS)
+    params = conversion.params(state_dict)
+    convert.verify(state_dict, params, conversion=conversion)
     train_x, test_x, train_y, test_y = load_digits_split()
     recorded = np.load(args.data / "digits_vit_logits.npy")
     difference = np.abs(predict(params, test_x) - recorded).max()
@@ -191,8 +160,8 @@ def main(argv=None):
     print(f"moved digits, before fine-tuning: {accuracy(params, *moved_test):.2%}")
     params = finetune(params, *moved(train_x, train_y), jax.random.key(0))
     print(f"moved digits, after fine-tuning: {accuracy(params, *moved_test):.2%}")
-    finetuned = state_dict_from_params(params)
-    save_file(finetuned, args.out / "digits_vit_finetuned.safetensors")
+    path = args.out / "digits_vit_finetuned.safetensors"
+    convert.save_safetensors(path, conversion.state_dict(params), overwrite=True)
     print(f"wrote attention.png and digits_vit_finetuned.safetensors to {args.out}")
 
 

@@ -823,7 +823,7 @@ STATE_DICTS = {
         dict(state_dict={f"h.{n}": floats(1) for n in range(100)}, prefix="attn."),
         ValueError,
         "prefix must begin some names of the state_dict, got 'attn.'; its names are "
-        "h.0, h.1, h.2, h.3, h.4, h.5, h.6, h.7, ...",
+        "h.0, h.1, h.2, h.3, h.4, h.5, h.6, h.7 and 92 more",
     ),
     "prefix_is_whole_words": (
         dict(state_dict=below("attn1.", PACKED), prefix="attn"),
@@ -958,6 +958,7 @@ def test_params_are_not_changed():
 def test_file_of_unknown_kind():
     assert_raises(
         ValueError,
-        "path must end in .safetensors or one of .pt, .pth, .bin, got 'layer.npz'.",
+        "path must be a folder or end in .safetensors, .index.json or one of "
+        ".pt, .pth, .bin, .ckpt, got 'layer.npz'.",
         lambda: read_state_dict("layer.npz"),
     )

@@ -48,7 +48,5 @@ def test_public_names():
 @pytest.mark.parametrize("module", [flax_mha.functional, flax_mha.convert])
 def test_public_functions_are_documented(module):
     for name in module.__all__:
-        assert (
-            "Args:" in getattr(module, name).__doc__
-            or "Raises:" in getattr(module, name).__doc__
-        )
+        sections = ("Args:", "Raises:", "Attributes:")
+        assert any(section in getattr(module, name).__doc__ for section in sections)

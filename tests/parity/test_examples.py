@@ -7,6 +7,7 @@ import torch
 from safetensors.numpy import load_file
 
 from examples import digits_vit, train_digits_in_torch
+from flax_mha import convert
 
 DATA = pathlib.Path(digits_vit.__file__).parent / "data"
 
@@ -37,15 +38,14 @@ def test_torch_loads_the_finetuned_model_strictly_with_the_same_outputs(finished
     )
     theirs.eval()
     _, images, _, _ = digits_vit.load_digits_split()
-    logits = digits_vit.predict(digits_vit.params_from_torch(state_dict), images)
+    params = convert.convert_tree(state_dict, digits_vit.NUM_HEADS)
+    logits = digits_vit.predict(params, images)
     expected = theirs(torch.from_numpy(np.asarray(images))).detach()
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-def test_finetuning_changed_the_model_and_the_way_back_is_exact(finished):
+def test_finetuning_changed_the_model(finished):
     before = load_file(DATA / "digits_vit.safetensors")
     after = load_file(finished / "digits_vit_finetuned.safetensors")
     assert before.keys() == after.keys()
     assert any((before[name] != after[name]).any() for name in before)
-    back = digits_vit.state_dict_from_params(digits_vit.params_from_torch(before))
-    assert all((back[name] == before[name]).all() for name in before)

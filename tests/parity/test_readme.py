@@ -1,13 +1,31 @@
-import os
+"""What README.md and docs/ show is run, as a reader would."""
+
+import contextlib
+import io
 import pathlib
 import re
+import shlex
 
 import jax
 import pytest
 
+from flax_mha._cli import main
+
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+GUIDE = ROOT / "docs" / "converting.md"
+
+
+@pytest.fixture(autouse=True)
+def _as_a_reader_has_it():
+    """JAX's own defaults, not the strict ones of these tests."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
 
 
 def test_readme_has_its_python_blocks():
@@ -17,15 +35,44 @@ def test_readme_has_its_python_blocks():
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
 def test_a_reader_can_run_each_block(block, monkeypatch):
     monkeypatch.chdir(ROOT)
-    # As a reader has it: JAX's own defaults, not the strict ones of these tests.
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "README.md", "exec"), {})
 
 
-def test_every_file_that_readme_names_exists():
-    for name in re.findall(r"\]\(([^)#]+)\)|`((?:examples|tests)/[^` ]+)`", README):
-        assert os.path.exists(ROOT / (name[0] or name[1])), name
+def test_a_reader_can_run_the_guide_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", GUIDE.read_text(), re.M | re.S)
+    assert {kind for kind, _ in blocks} == {"python", "sh", "text"}
+    names = {}
+    printed = ""
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, GUIDE.name, "exec"), names)
+        elif kind == "sh":
+            printed = run_commands(block)
+        else:  # what the last of these commands printed
+            assert words(printed)[-len(words(block)) :] == words(block)
+
+
+def words(text):
+    return re.findall(r"[^\s─]+", text)
+
+
+def run_commands(block):
+    """Returns what these lines print, each a call of flax-mha that must succeed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for line in block.splitlines():
+            program, *argv = shlex.split(line)
+            assert program == "flax-mha"
+            assert main(argv) == 0, line
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", GUIDE], ids=lambda page: page.name
+)
+def test_every_file_that_a_page_names_exists(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    for link in links:
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:docs|examples|tests)/[^` ]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name

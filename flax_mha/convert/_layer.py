@@ -1,11 +1,5 @@
-"""PyTorch checkpoints to Flax parameters and back.
+"""One attention layer, by the parameter table."""
 
-A conversion only reshapes: parameters are views of the checkpoint's
-bytes, and the way back is exact, bit for bit, in every dtype. PyTorch itself is needed
-only to read its pickle files, and for `from_torch`.
-"""
-
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,63 +11,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_mha import _checks
 from flax_mha._module import MultiheadAttention
 from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
+from flax_mha.convert import _strict
+from flax_mha.convert._arrays import as_numpy, few
+from flax_mha.convert._find import OTHER_KINDS
+from flax_mha.convert._rules import dotted, names_below
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "from_torch",
-    "params_from_state_dict",
-    "read_state_dict",
-    "state_dict_from_params",
-]
-
-_PICKLES = (".pt", ".pth", ".bin")
 # Keys that only other attention layers have.
 _LOOK_ALIKES = {
     "q_proj.weight": "separate Linear layers, as fairseq and Hugging Face have them",
     "c_proj.weight": "CLIP's AttentionPool2d",
     "qkv.weight": "timm's Attention",
-    "Wqkv.weight": "flash-attn's MHA",
-    "query.kernel": "Flax's MultiHeadDotProductAttention",
+    **OTHER_KINDS,
 }
-
-
-def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a checkpoint file into NumPy arrays by PyTorch's names.
-
-    Args:
-        path: A `.safetensors` file (needs the safetensors package, not PyTorch), or a
-            `.pt`, `.pth` or `.bin` file (needs PyTorch; read with
-            `weights_only=True`, so that no code in it can run).
-
-    Raises:
-        ValueError: The file is not of these kinds, or holds anything but tensors.
-        ImportError: The package that reads it is not installed.
-    """
-    path = pathlib.Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        return load_file(path)
-    if path.suffix not in _PICKLES:
-        raise ValueError(
-            f"path must end in .safetensors or one of {', '.join(_PICKLES)}, "
-            f"got {str(path)!r}."
-        )
-    import torch
-
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in state_dict.values()
-    ):
-        what = type(state_dict).__name__
-        if isinstance(state_dict, Mapping):
-            what = f"a mapping with keys {list(state_dict)[:8]}"
-        raise ValueError(
-            f"{str(path)!r} must hold a state_dict of tensors, got {what}."
-        )
-    return _as_numpy(state_dict)
 
 
 def params_from_state_dict(
@@ -96,7 +48,10 @@ def params_from_state_dict(
         ValueError: A key is missing, unexpected or misshapen (all are listed), or
             `num_heads` does not divide embed_dim.
     """
-    layer = _as_numpy(_below(prefix, state_dict))
+    layer = {
+        name.removeprefix(dotted(prefix)): as_numpy(state_dict[name], name)
+        for name in names_below(prefix, state_dict)
+    }
     shapes = {name: array.shape for name, array in layer.items()}
     table = _table(shapes, _embed_dim(shapes), num_heads)
     _check_names_and_shapes(
@@ -125,7 +80,10 @@ def state_dict_from_params(
     Raises:
         ValueError: A parameter is missing, unexpected or misshapen; all are listed.
     """
-    flat = _as_numpy(flatten_dict(params, sep="."))
+    flat = {
+        name: as_numpy(param, name)
+        for name, param in flatten_dict(params, sep=".").items()
+    }
     shapes = {name: param.shape for name, param in flat.items()}
     if len(shapes.get("out_proj.weight", ())) != 3:
         raise ValueError(
@@ -138,7 +96,7 @@ def state_dict_from_params(
         {name: spec.shape for name, spec in table.items()},
         "params must be those of a flax_mha.MultiheadAttention",
     )
-    prefix = _dotted(prefix)
+    prefix = dotted(prefix)
     return {
         prefix + name: flat[name].reshape(spec.torch_shape)
         for name, spec in table.items()
@@ -178,30 +136,6 @@ def from_torch(
     ), params
 
 
-def _below(prefix: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            "state_dict must map names to arrays, as module.state_dict() does, "
-            f"got {type(state_dict)}."
-        )
-    prefix = _dotted(prefix)
-    layer = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state_dict.items()
-        if name.startswith(prefix)
-    }
-    if not layer:
-        raise ValueError(
-            f"prefix must begin some names of the state_dict, got {prefix!r}; "
-            f"its names are {_few(list(state_dict)) or 'none'}"
-        )
-    return layer
-
-
-def _dotted(prefix: str) -> str:
-    return prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-
-
 def _embed_dim(shapes: Mapping[str, tuple[int, ...]]) -> int:
     # The rows of in_proj_weight say nothing: other layers have fewer under that name.
     for name in ("out_proj.weight", "in_proj_weight", "q_proj_weight"):
@@ -236,33 +170,11 @@ def _table(
 
 
 def _check_names_and_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, _strict.Shape],
+    wanted: Mapping[str, _strict.Shape],
     what: str,
 ) -> None:
-    """Raises one error that lists everything that is wrong."""
-    missing = [
-        f"{name} {shape}" for name, shape in wanted.items() if name not in shapes
-    ]
-    unexpected = [
-        f"{name} {shape}" for name, shape in shapes.items() if name not in wanted
-    ]
-    misshapen = [
-        f"{name} {shapes[name]}, wanted {shape}"
-        for name, shape in wanted.items()
-        if shapes.get(name, shape) != shape
-    ]
-    if not (missing or unexpected or misshapen):
-        return
-    lines = [f"{what}, but"]
-    for title, names in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("misshapen", misshapen),
-    ):
-        if names:
-            lines.append(f"  {title}: {'; '.join(names)}")
-    raise ValueError("\n".join(lines) + _hint(shapes))
+    _strict.raise_if_any(what, _strict.differences(shapes, wanted), _hint(shapes))
 
 
 def _hint(names: Iterable[str]) -> str:
@@ -274,33 +186,5 @@ def _hint(names: Iterable[str]) -> str:
         repr(name.removesuffix(suffix)) for name in names if name.endswith(suffix)
     ]
     if layers:
-        return f"\n  There are layers at prefix {_few(layers)}."
+        return f"\n  There are layers at prefix {few(layers)}."
     return ""
-
-
-def _few(names: list[str], limit: int = 8) -> str:
-    return ", ".join([*names[:limit], *["..."][: len(names) > limit]])
-
-
-def _as_numpy(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the same bytes as NumPy arrays, without a copy where it can."""
-    arrays = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, np.ndarray | jax.Array):
-            arrays[name] = np.asarray(tensor)
-        elif hasattr(tensor, "detach"):  # of a torch tensor; torch may not be installed
-            arrays[name] = _torch_as_numpy(tensor.detach().cpu())
-        else:
-            raise TypeError(
-                f"{name} must be a torch tensor, NumPy array or JAX array, "
-                f"got {type(tensor)}."
-            )
-    return arrays
-
-
-def _torch_as_numpy(tensor: "torch.Tensor") -> np.ndarray:
-    import torch
-
-    if tensor.dtype == torch.bfloat16:  # which NumPy knows only through ml_dtypes
-        return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()

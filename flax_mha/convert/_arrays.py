@@ -1,0 +1,107 @@
+"""Tensors as NumPy arrays, bit for bit, and what is known of them without reading."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """A tensor in a file: what it is, and how to read it into a new array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def as_numpy(tensor: Any, name: str) -> np.ndarray:
+    """Returns the same bits as a NumPy array, without a copy where it can.
+
+    Args:
+        tensor: A NumPy array, a JAX array or a torch tensor of any dtype and device.
+        name: What messages call it.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: It is a torch tensor without a plain array of values: on PyTorch's
+            "meta" device, sparse or quantized.
+    """
+    if isinstance(tensor, np.ndarray | jax.Array):
+        return np.asarray(tensor)
+    if hasattr(tensor, "detach"):  # of a torch tensor; torch may not be installed
+        return _torch_as_numpy(tensor, name)
+    raise _not_an_array(tensor, name)
+
+
+def specs(state_dict: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes by name; of a `Checkpoint` without reading a tensor.
+
+    Raises:
+        TypeError: A value is not a torch tensor, NumPy array or JAX array.
+        ValueError: A value has a dtype that NumPy cannot hold.
+    """
+    known = getattr(state_dict, "specs", None)
+    if known is not None:
+        return dict(known)
+    return {name: _spec(tensor, name) for name, tensor in state_dict.items()}
+
+
+def is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def numpy_dtype(dtype: "np.dtype | torch.dtype", name: str) -> np.dtype:
+    """Returns NumPy's dtype of the same bits, one of those that JAX adds included.
+
+    Raises:
+        ValueError: There is none: of quantized tensors, and of two float4 in a byte.
+    """
+    try:
+        return np.dtype(str(dtype).removeprefix("torch."))
+    except TypeError:
+        raise ValueError(
+            f"{name} has dtype {dtype}, which NumPy cannot hold."
+        ) from None
+
+
+def few(names: Iterable[Any], limit: int = 8) -> str:
+    """Returns names for a message, the first ones where they are many."""
+    names = [str(name) for name in names]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _spec(tensor: Any, name: str) -> jax.ShapeDtypeStruct:
+    if not is_array(tensor):
+        raise _not_an_array(tensor, name)
+    return jax.ShapeDtypeStruct(tuple(tensor.shape), numpy_dtype(tensor.dtype, name))
+
+
+def _torch_as_numpy(tensor: "torch.Tensor", name: str) -> np.ndarray:
+    import torch
+
+    dtype = numpy_dtype(tensor.dtype, name)
+    try:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        if dtype.isbuiltin == 1:
+            return tensor.numpy()
+        # bfloat16 and float8, which PyTorch does not give to NumPy; but their bits.
+        bits = getattr(torch, f"uint{8 * dtype.itemsize}")
+        return tensor.view(bits).numpy().view(dtype)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} must be a plain tensor with values, got a {type(tensor).__name__} "
+            f"on {tensor.device}, {tensor.layout}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _not_an_array(value: Any, name: str) -> TypeError:
+    return TypeError(
+        f"{name} must be a torch tensor, NumPy array or JAX array, got {type(value)}."
+    )

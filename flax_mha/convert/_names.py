@@ -1,0 +1,98 @@
+"""Where a parameter is in Flax's tree, by its name in the state_dict."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from flax_mha.convert._arrays import few
+from flax_mha.convert._rules import compiled, dotted
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Of a parameter.
+
+    Attributes:
+        path: In the tree.
+        stack: The stacked modules that it is in, or None.
+        index: Which of them it is in, or None.
+    """
+
+    path: str
+    stack: str | None = None
+    index: int | None = None
+
+
+class Names:
+    """Turns dotted names into locations.
+
+    Args:
+        keys: Names in the state_dict.
+        prefix: Where paths begin.
+        rename: {pattern: replacement}, for what is below.
+        stack: Modules whose children are stacked.
+
+    Raises:
+        ValueError: A stack is not of children 0 to n - 1, or a pattern of `rename` is
+            no regular expression, or its replacement none.
+    """
+
+    def __init__(
+        self,
+        keys: Iterable[str],
+        prefix: str,
+        rename: Mapping[str, str],
+        stack: Sequence[str],
+    ):
+        self._prefix = dotted(prefix)
+        self._rename = [
+            (compiled(pattern, "rename"), replacement)
+            for pattern, replacement in rename.items()
+        ]
+        for pattern, replacement in self._rename:
+            _check_replacement(pattern, replacement)
+        self._stacks = {
+            module: re.compile(rf"({re.escape(module)})\.(\d+)\.") for module in stack
+        }
+        keys = list(keys)
+        self.sizes = {module: self._size(module, keys) for module in stack}
+
+    def locate(self, name: str) -> Location:
+        """Returns where the parameter of this name is, "layers.0.linear.kernel" say."""
+        stack = index = None
+        for module, children in self._stacks.items():
+            child = children.match(name)
+            if child:
+                stack, index = module, int(child[2])
+                name = children.sub(r"\1.", name, count=1)
+        name = name.removeprefix(self._prefix)
+        for pattern, replacement in self._rename:
+            name = pattern.sub(replacement, name)
+        parts = []
+        for part in name.split("."):
+            if part.isdigit() and parts:
+                parts[-1] += f"_{part}"
+            else:
+                parts.append(part)
+        return Location("/".join(parts), stack, index)
+
+    def _size(self, module: str, keys: Iterable[str]) -> int:
+        children = {
+            int(child[2]) for key in keys if (child := self._stacks[module].match(key))
+        }
+        if not children or children != set(range(len(children))):
+            raise ValueError(
+                "stack must name modules whose children are numbered from 0 on, "
+                f"got {module!r} with {few(map(str, sorted(children))) or 'none'}."
+            )
+        return len(children)
+
+
+def _check_replacement(pattern: re.Pattern, replacement: str) -> None:
+    try:
+        pattern.sub(replacement, "")
+    except (re.error, IndexError, TypeError) as error:
+        raise ValueError(
+            f"rename must have replacements as re.sub takes them, got {replacement!r} "
+            f"for {pattern.pattern!r}: {error}."
+        ) from None

@@ -1,0 +1,216 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_mha.convert import _safetensors
+from flax_mha.convert._arrays import as_numpy
+from flax_mha.convert._conversion import Conversion
+
+_OURS = "flax_mha"  # in the header of a file of parameters: its conversion, or null
+_OURS_IN_FOLDER = "flax_mha.json"
+_ORBAX = "_CHECKPOINT_METADATA"  # a file in each of its checkpoints
+
+
+def save_safetensors(
+    path: str | pathlib.Path,
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a state_dict to a `.safetensors` file, for PyTorch or anybody.
+
+    Every dtype is kept, bfloat16 and float8 too. Tensors are asked for and written one
+    at a time, so that a lazy mapping never has two in memory. The file appears when it
+    is complete; if anything fails there is none, and an older one is untouched.
+
+    Args:
+        path: Ends in `.safetensors`.
+        state_dict: Name to NumPy array, JAX array or torch tensor: a `Checkpoint`, say,
+            or what `state_dict_from_params` returns.
+        metadata: More text for the file's header, by name.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: The file exists, and may not be replaced.
+        ValueError: A dtype has no name in the format, or `path` has another ending.
+        TypeError: A value is no array, or a name or text is no string.
+        OSError: It could not be written; the disk is full, say.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {str(path)!r}.")
+    # "format" is what Hugging Face's transformers want to know.
+    _write_file(path, state_dict, {"format": "pt", **(metadata or {})}, overwrite)
+
+
+def save_params(
+    path: str | pathlib.Path,
+    params: Mapping[str, Any],
+    conversion: Conversion | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes Flax parameters, and how they were converted, for `load_params`.
+
+    Args:
+        path: Ends in `.safetensors`: one file, in which `params["a"]["b"]` is named
+            "a/b". Any other: an Orbax checkpoint, which Orbax alone can restore too.
+        params: Nested mappings of NumPy or JAX arrays.
+        conversion: What `plan_tree` returned, for the way back; kept in the file's
+            metadata, or in the folder as `flax_mha.json`.
+        overwrite: Whether an existing file, or an existing Orbax checkpoint, may be
+            replaced.
+
+    Raises:
+        FileExistsError: `path` exists, and may not be replaced.
+        TypeError: A leaf is not an array.
+        ValueError: A name has a "/" in it.
+        OSError: It could not be written; the disk is full, say.
+    """
+    path = pathlib.Path(path)
+    flat = _flat(params)
+    text = None if conversion is None else conversion.to_json()
+    if path.suffix == ".safetensors":
+        named = {"/".join(names): leaf for names, leaf in flat.items()}
+        _write_file(path, named, {_OURS: text or "null"}, overwrite)
+        return
+    if path.exists() and not (path / _ORBAX).exists():
+        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
+    with _replacing(path, overwrite) as new:
+        _save_orbax(new, flat)
+        if text is not None:
+            (new / _OURS_IN_FOLDER).write_text(text)
+
+
+def load_params(
+    path: str | pathlib.Path,
+) -> tuple[dict[str, Any], Conversion | None]:
+    """Returns what `save_params` wrote: NumPy arrays, and the conversion or None.
+
+    Args:
+        path: Of the file or folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: `save_params` did not write it, or it is broken.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return _restore(path)
+    arrays, metadata = _safetensors.read(path)
+    if _OURS not in metadata:
+        raise ValueError(f"{str(path)!r} must be written by `save_params`.")
+    flat = {name: array.read() for name, array in arrays.items()}
+    return unflatten_dict(flat, sep="/"), _conversion(metadata[_OURS])
+
+
+def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    tree = unflatten_dict(
+        {
+            names: leaf if isinstance(leaf, jax.Array) else as_numpy(leaf, str(names))
+            for names, leaf in flat.items()
+        }
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree)
+    except ValueError as error:  # TensorStore's, also where the system failed
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def _conversion(text: str) -> Conversion | None:
+    return None if text == "null" else Conversion.from_json(text)
+
+
+def _restore(path: pathlib.Path) -> tuple[dict[str, Any], Conversion | None]:
+    import orbax.checkpoint as ocp
+
+    if not (path / _ORBAX).exists():
+        raise ValueError(f"{str(path)!r} must be an Orbax checkpoint.")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path.absolute()).item_metadata
+        if metadata is None:
+            raise ValueError(f"{str(path)!r} is a broken Orbax checkpoint.")
+        # Not JAX's arrays, which would be on a device, and float32 at most.
+        wanted = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
+        )
+        params = checkpointer.restore(path.absolute(), restore_args=wanted)
+    ours = path / _OURS_IN_FOLDER
+    return params, _conversion(ours.read_text()) if ours.exists() else None
+
+
+def _flat(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be nested mappings, got {type(params)}.")
+    flat = flatten_dict(params)
+    for names in flat:
+        if not all(isinstance(name, str) and "/" not in name for name in names):
+            raise ValueError(
+                f"names in params must be strings without a slash, got {names}."
+            )
+    return flat
+
+
+def _write_file(
+    path: pathlib.Path,
+    arrays: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    overwrite: bool,
+) -> None:
+    if path.is_dir():
+        raise FileExistsError(f"{str(path)!r} is a folder.")
+    with _replacing(path, overwrite) as new, new.open("xb") as file:
+        _safetensors.write(file, arrays, metadata)
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+    """Yields a path in a new folder beside; what is there in the end becomes `path`."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path must be in a folder that exists, got {str(path)!r}."
+        )
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    new, old = folder / path.name, folder / "replaced"
+    folder.mkdir()
+    try:
+        yield new
+        for written in [*new.rglob("*"), new]:
+            _sync(written)
+        if path.is_dir():  # which cannot be replaced by renaming alone
+            path.rename(old)
+        new.replace(path)
+        _sync(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(folder)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until the disk has it; a full disk may show only here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

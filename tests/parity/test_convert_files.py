@@ -1,0 +1,701 @@
+"""Files as PyTorch's users write them, and files that PyTorch reads."""
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file, save_model
+from torch.distributed.checkpoint import metadata as meta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.nn.utils import parametrizations, prune
+
+from flax_mha.convert import read_state_dict, save_safetensors
+from tests.test_convert_files import WRONG_FILES, assert_raises, packed, tensor
+
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32),
+    *(torch.int32, torch.uint64, torch.int64, torch.float16, torch.bfloat16),
+    *(torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn),
+    *(torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz),
+    torch.float8_e5m2fnuz,
+]
+
+
+def bits_of(values):
+    return values.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_bits(got, want):
+    assert list(got) == list(want)
+    for name, values in want.items():
+        assert f"torch.{got[name].dtype}" == str(values.dtype)
+        assert got[name].shape == tuple(values.shape)
+        assert got[name].tobytes() == bits_of(values)
+
+
+def ones(*names):
+    return {name: torch.full((2, 3), float(n)) for n, name in enumerate(names)}
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_is_read_and_written_bit_for_bit(tmp_path, dtype):
+    bits = torch.arange(48, dtype=torch.uint8)
+    values = (bits % 2 if dtype == torch.bool else bits).view(dtype)
+    state_dict = {
+        "a": values.reshape(2, -1).clone(),
+        "b": values[0].clone(),
+        "c": values[:0].clone(),
+    }
+    save_file(state_dict, tmp_path / "theirs.safetensors")
+    torch.save(state_dict, tmp_path / "theirs.pt")
+    for name in ("theirs.safetensors", "theirs.pt"):
+        assert_same_bits(read_state_dict(tmp_path / name), state_dict)
+    save_safetensors(tmp_path / "ours.safetensors", state_dict)
+    assert_same_bits(read_state_dict(tmp_path / "ours.safetensors"), state_dict)
+    for name, loaded in load_file(tmp_path / "ours.safetensors").items():
+        assert loaded.dtype == dtype and loaded.shape == state_dict[name].shape
+        assert bits_of(loaded) == bits_of(state_dict[name])
+
+
+def unusual_tensors():
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    return {
+        "parameter": weight,
+        "transposed": weight.t(),
+        "strided": weight[:, ::2],
+        "expanded": torch.ones(1).expand(4),
+        "tied": weight,
+        "row": weight[1],
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 3),
+        "conjugate": torch.ones(2, dtype=torch.complex64).mul(1j).conj(),
+        "negative": torch.ones(2, dtype=torch.complex64).mul(1j).conj().imag,
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older format"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_views_and_tied_tensors_are_read_as_what_they_are(tmp_path, suffix, zipped):
+    want = unusual_tensors()
+    path = tmp_path / f"a{suffix}"
+    torch.save(want, path, _use_new_zipfile_serialization=zipped)
+    want = {name: value.resolve_conj().resolve_neg() for name, value in want.items()}
+    assert_same_bits(read_state_dict(path), want)
+
+
+def test_views_and_tied_tensors_are_written_as_what_they_are(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", unusual_tensors())
+    got = load_file(tmp_path / "a.safetensors")
+    for name, want in unusual_tensors().items():
+        assert got[name].equal(want), name
+
+
+def test_what_is_read_does_not_depend_on_the_file_any_more(tmp_path):
+    torch.save(ones("a"), tmp_path / "a.pt")
+    array = read_state_dict(tmp_path / "a.pt")["a"]
+    os.truncate(tmp_path / "a.pt", 0)  # the process would crash if it were mapped
+    array += 1
+    np.testing.assert_array_equal(array, np.ones((2, 3)))
+
+
+def transformer():
+    return torch.nn.TransformerEncoderLayer(4, 2, 8, dtype=torch.bfloat16)
+
+
+def test_pytorch_loads_strictly_what_was_read_and_written(tmp_path):
+    torch.save(transformer().state_dict(), tmp_path / "a.pt")
+    save_safetensors(tmp_path / "a.safetensors", read_state_dict(tmp_path / "a.pt"))
+    model = transformer()
+    model.load_state_dict(load_file(tmp_path / "a.safetensors"), strict=True)
+    assert_same_bits(read_state_dict(tmp_path / "a.pt"), model.state_dict())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # or transformers will not load it
+
+
+def test_a_tied_tensor_that_save_model_leaves_out_is_there(tmp_path):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False)})
+    model["b"] = model["a"]
+    save_model(model, str(tmp_path / "a.safetensors"))
+    got = read_state_dict(tmp_path / "a.safetensors")
+    assert_same_bits(dict(sorted(got.items())), model.state_dict())
+
+
+NO_VALUES = {
+    "meta": (torch.ones(2, device="meta"), "on meta"),
+    "sparse": (torch.eye(2).to_sparse(), "torch.sparse_coo"),
+}
+
+
+@pytest.mark.parametrize("values, text", NO_VALUES.values(), ids=NO_VALUES)
+def test_tensor_without_plain_values_is_refused(tmp_path, values, text):
+    torch.save({"a": values}, tmp_path / "a.pt")
+    state_dict = read_state_dict(tmp_path / "a.pt")
+    assert_raises(ValueError, text, lambda: state_dict["a"])
+
+
+def test_tensor_of_half_bytes_is_refused(tmp_path):
+    values = torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    torch.save({"a": values}, tmp_path / "a.pt")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        with pytest.raises(ValueError, match="which NumPy cannot hold"):
+            read_state_dict(path)
+
+
+# Safetensors' own library accepts the same files.
+
+
+def opens(path):
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except SafetensorError:
+        return None
+
+
+STRICTER = {"name twice", "empty"}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES.keys() - STRICTER)
+def test_what_we_refuse_safetensors_refuses(tmp_path, name):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(WRONG_FILES[name][0])
+    assert opens(path) is None
+
+
+def changed_files():
+    """Yields a good file; with one byte of its header changed; with bytes cut."""
+    header = {
+        "b": tensor(4, 12, shape=(2,)),
+        "a": tensor(),
+        "e": tensor(12, 12, "I8", [0]),
+    }
+    good = packed(header, bytes(12))
+    rng = np.random.default_rng(0)
+    yield good
+    for place in range(len(good) - 12):
+        for byte in rng.integers(0, 256, 3).tolist() + list(b'0123456789,[]-"'):
+            yield good[:place] + bytes([byte]) + good[place + 1 :]
+    for place in range(len(good)):
+        yield good[:place]
+        yield good[:place] + good[place + 1 :]
+
+
+def test_changed_files_are_accepted_or_refused_as_by_safetensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    counts = collections.Counter()
+    for content in changed_files():
+        path.write_bytes(content)
+        theirs = opens(path)
+        try:
+            ours = {
+                name: list(spec.shape)
+                for name, spec in read_state_dict(path).specs.items()
+            }
+        except ValueError:
+            ours = None
+        assert ours == theirs, content
+        counts[ours is not None] += 1
+    assert min(counts.values()) > 20  # both happen
+
+
+# Pickles
+
+
+def test_a_pickle_that_would_run_code_does_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for zipped in (True, False):
+        torch.save(
+            {"a": torch.ones(2), "b": Evil()},
+            tmp_path / "a.pt",
+            _use_new_zipfile_serialization=zipped,
+        )
+        assert_raises(
+            ValueError,
+            "is a pickle that needs posix.mkdir, which may run code, and is not read",
+            lambda: read_state_dict(tmp_path / "a.pt"),
+        )
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "a.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # so it would have
+
+
+def test_class_in_a_pickle_is_named_and_can_be_allowed(tmp_path):
+    content = {"model": ones("a"), "args": argparse.Namespace(lr=1)}
+    torch.save(content, tmp_path / "a.pth")
+    assert_raises(
+        ValueError,
+        "argparse.Namespace, which may run code",
+        lambda: read_state_dict(tmp_path / "a.pth"),
+    )
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state_dict = read_state_dict(tmp_path / "a.pth")
+    assert_same_bits(state_dict, ones("a"))
+    assert state_dict.notes == ("Taken from 'model', not args.",)
+
+
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def cyclic():
+    content = {"epoch": 3}
+    content["model"] = content
+    return content
+
+
+WRONG_PICKLES = {
+    "empty": (b"", "is empty"),
+    "text": (b"<html>not found</html>", "cannot be read by torch.load"),
+    "zip cut": (saved({"a": torch.ones(2)})[:-100], "failed finding central directory"),
+    "zip cut early": (saved({"a": torch.ones(2)})[:40], "cannot be read by torch.load"),
+    "another pickle": (pickle.dumps({"a": 1}, protocol=2), "Invalid magic number"),
+    "tensor": (saved(torch.ones(2)), "must hold a state_dict of tensors, got Tensor."),
+    "no tensors": (
+        saved({"epoch": 3, "model": {}}),
+        "must hold a state_dict of tensors, got a mapping with keys ['epoch', 'model']",
+    ),
+    "no names": (saved({0: torch.ones(2)}), "got names that are no strings: 0."),
+    "itself": (saved(cyclic()), "got a mapping with keys ['epoch', 'model']"),
+    "two models": (
+        saved({"generator": ones("a"), "discriminator": ones("a")}),
+        "holds several state_dicts, generator, discriminator: choose one with `wrap",
+    ),
+    "two known": (saved({"model": ones("a"), "net": ones("a")}), "several state_dicts"),
+}
+
+
+@pytest.mark.parametrize("content, text", WRONG_PICKLES.values(), ids=WRONG_PICKLES)
+def test_broken_pickle_is_refused(tmp_path, content, text):
+    (tmp_path / "a.pt").write_bytes(content)
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.pt"))
+
+
+LIGHTNING = {
+    "epoch": 3,
+    "state_dict": ones("model.a"),
+    "optimizer_states": [{"state": {0: ones("exp_avg")}, "param_groups": []}],
+    "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0)}},
+    "hyper_parameters": {"lr": 0.1},
+}
+OPTIMIZER = {"state": {0: ones("exp_avg")}, "param_groups": [{"lr": 0.1}]}
+BOTH = {"model_ema": ones("b"), "model": ones("a")}
+WRAPPED = {
+    "nothing": (ones("a", "b"), None, ones("a", "b"), ()),
+    "Lightning": (
+        LIGHTNING,
+        None,
+        ones("model.a"),
+        (
+            "Taken from 'state_dict', not epoch, optimizer_states, callbacks, "
+            "hyper_parameters.",
+        ),
+    ),
+    "training": (
+        {"rng_state": torch.ones(2), "model": ones("a"), "optimizer": OPTIMIZER},
+        None,
+        ones("a"),
+        ("Taken from 'model', not rng_state, optimizer.",),
+    ),
+    "nested": (
+        {"state_dict": {"model": ones("a")}},
+        None,
+        ones("a"),
+        ("Taken from 'state_dict'.", "Taken from 'model'."),
+    ),
+    "unknown wrapper": (
+        {"encoder_q": ones("a")},
+        None,
+        ones("a"),
+        ("Taken from 'encod",),
+    ),
+    "average beside": (BOTH, None, ones("a"), ("Taken from 'model', not model_ema.",)),
+    "average chosen": (
+        BOTH,
+        "model_ema",
+        ones("b"),
+        ("Taken from 'model_ema', not model.",),
+    ),
+    "average alone": (
+        {"params_ema": ones("a"), "iter": 3},
+        None,
+        ones("a"),
+        ("Taken from 'params_ema', not iter.",),
+    ),
+    "average of a wrapped model": (
+        {"ema": {"module": ones("module.a"), "decay": 0.9}},
+        "ema",
+        ones("a"),
+        (
+            "Taken from 'ema'.",
+            "Taken from 'module', not decay.",
+            "Prefixes of wrappers",
+        ),
+    ),
+    "chosen by its own name": (
+        {"generator": ones("a"), "discriminator": ones("b")},
+        "discriminator",
+        ones("b"),
+        ("Taken from 'discriminator', not generator.",),
+    ),
+    "other things among tensors": (
+        {**ones("a"), "_extra_state": None, "version": 3},
+        None,
+        ones("a"),
+        ("Left out, as they are no tensors: _extra_state, version.",),
+    ),
+}
+
+
+@pytest.mark.parametrize("content, wrapper, want, notes", WRAPPED.values(), ids=WRAPPED)
+def test_state_dict_is_taken_out_of_its_wrapper(
+    tmp_path, content, wrapper, want, notes
+):
+    torch.save(content, tmp_path / "a.pt")
+    state_dict = read_state_dict(tmp_path / "a.pt", wrapper=wrapper)
+    assert_same_bits(state_dict, want)
+    for got, start in zip(state_dict.notes, notes, strict=True):
+        assert got.startswith(start)
+
+
+def test_wrapper_that_is_not_there(tmp_path):
+    torch.save(BOTH, tmp_path / "a.pt")
+    assert_raises(
+        ValueError,
+        "wrapper must be a key of",
+        lambda: read_state_dict(tmp_path / "a.pt", wrapper="ema"),
+    )
+
+
+def test_averaged_and_parallel_models_have_their_own_names(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    wrapped = torch.optim.swa_utils.AveragedModel(torch.nn.DataParallel(model))
+    assert "module.module.weight" in wrapped.state_dict()
+    torch.save(wrapped.state_dict(), tmp_path / "a.pt")
+    assert_same_bits(read_state_dict(tmp_path / "a.pt"), model.state_dict())
+
+
+def test_sharded_pickles_are_read_by_their_index(tmp_path):
+    want = ones("a", "b", "c")
+    parts = {"p-00001-of-00002.bin": "ac", "p-00002-of-00002.bin": "b"}
+    for file, names in parts.items():
+        torch.save({name: want[name] for name in names}, tmp_path / file)
+    weight_map = {name: file for file, names in parts.items() for name in names}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for path in (index, tmp_path):
+        assert_same_bits(dict(sorted(read_state_dict(path).items())), want)
+
+
+# Weights that are stored as others
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str
+)
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize(
+    "norm",
+    [torch.nn.utils.weight_norm, parametrizations.weight_norm],
+    ids=["old", "new"],
+)
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: torch.nn.Linear(3, 5), "weight"),
+        (lambda: torch.nn.Linear(3, 1), "weight"),
+        (lambda: torch.nn.Conv1d(2, 4, 3), "weight"),
+        (lambda: torch.nn.LSTM(3, 4), "weight_hh_l0"),
+        (lambda: torch.nn.MultiheadAttention(6, 3), "in_proj_weight"),
+    ],
+    ids=["linear", "row", "conv", "lstm", "attention"],
+)
+def test_weight_norm_is_folded(tmp_path, make, name, norm, dim, dtype):
+    model = norm(make().to(dtype), name=name, dim=dim)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pt")
+    state_dict = read_state_dict(tmp_path / "a.pt")
+    plain = make().to(dtype).state_dict()
+    assert state_dict.keys() == plain.keys()
+    if norm is torch.nn.utils.weight_norm:
+        torch.nn.utils.remove_weight_norm(model, name)  # computes it
+    want = getattr(model, name).detach()
+    got = state_dict[name]
+    assert state_dict.specs[name].shape == got.shape == tuple(want.shape)
+    assert str(want.dtype) == f"torch.{got.dtype}"
+    np.testing.assert_allclose(
+        got.astype("float64"), want.double(), rtol=4 * torch.finfo(dtype).eps
+    )
+    assert state_dict.notes[-1] == f"Weight norm folded into {name}."
+
+
+WRONG_PARTS = {
+    "spectral norm": (
+        parametrizations.spectral_norm,
+        "weight is not stored, and cannot be told from parametrizations.weight.orig",
+    ),
+    "older spectral norm": (
+        torch.nn.utils.spectral_norm,
+        "weight is not stored, and cannot be told from weight_orig, weight_u",
+    ),
+    "pruning": (
+        lambda model: prune.random_unstructured(model, "weight", 0.5),
+        "weight is not stored, and cannot be told from weight_orig, weight_mask",
+    ),
+    "weight norm of another": (
+        lambda model: parametrizations.weight_norm(parametrizations.orthogonal(model)),
+        "weight is not stored, and cannot be told from parametrizations.weight.",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change, text", WRONG_PARTS.values(), ids=WRONG_PARTS)
+def test_other_parametrizations_are_refused_by_name(tmp_path, change, text):
+    torch.save(change(torch.nn.Linear(3, 3)).state_dict(), tmp_path / "a.pt")
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.pt"))
+
+
+def test_tensors_that_are_only_named_alike_are_left(tmp_path):
+    rwkv = {f"time_mix_{kind}": torch.ones(1, 1, 4) for kind in "kvrg"}
+    others = {"weight_g": torch.ones(3), "x_orig": torch.ones(2), "x_v": torch.ones(2)}
+    torch.save(rwkv | others, tmp_path / "a.pt")
+    assert_same_bits(read_state_dict(tmp_path / "a.pt"), rwkv | others)
+
+
+NO_NORMS = {
+    "another shape": dict(weight_g=torch.ones(2, 1), weight_v=torch.ones(3, 2)),
+    "two axes": dict(weight_g=torch.ones(3, 2), weight_v=torch.ones(3, 2)),
+    "integers": dict(
+        weight_g=torch.ones(3, 1), weight_v=torch.ones(3, 2, dtype=torch.int32)
+    ),
+}
+
+
+@pytest.mark.parametrize("content", NO_NORMS.values(), ids=NO_NORMS)
+def test_norm_that_does_not_fit_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    assert_raises(
+        ValueError,
+        "weight must be stored as a weight norm and a direction, got",
+        lambda: read_state_dict(tmp_path / "a.pt"),
+    )
+
+
+def test_weight_that_is_stored_twice_is_refused(tmp_path):
+    model = parametrizations.weight_norm(torch.nn.Linear(3, 5))
+    content = {"weight": torch.ones(5, 3), **model.state_dict()}
+    torch.save(content, tmp_path / "a.pt")
+    assert_raises(
+        ValueError,
+        "weight must be stored once",
+        lambda: read_state_dict(tmp_path / "a.pt"),
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:None of the submod")
+@pytest.mark.parametrize(
+    "options", [dict(), dict(bias=False), dict(kdim=4, vdim=5), dict(add_bias_kv=True)]
+)
+def test_quantizable_layer_is_read_as_what_it_computes(tmp_path, options):
+    """Its linear layers, from_float says so; what it inherits is random and unused."""
+    theirs = torch.nn.MultiheadAttention(6, 3, **options)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    theirs.qconfig = None
+    observed = torch.ao.nn.quantizable.MultiheadAttention.from_float(theirs)
+    torch.save({"model": observed.state_dict()}, tmp_path / "a.pt")
+    state_dict = read_state_dict(tmp_path / "a.pt")
+    assert_same_bits(state_dict, theirs.state_dict())
+    assert "The in-projection is that of the quantizable" in state_dict.notes[-1]
+
+
+def test_linear_layers_of_another_model_are_left(tmp_path):
+    want = {f"a.linear_{letter}.weight": torch.ones(2, 2) for letter in "QKV"}
+    torch.save(want, tmp_path / "a.pt")
+    assert_same_bits(read_state_dict(tmp_path / "a.pt"), want)
+
+
+# Folders of torch.distributed.checkpoint
+
+
+def save_distributed(state_dict, folder):
+    dcp.save(state_dict, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that there are no processes
+def test_distributed_checkpoint_is_read(tmp_path):
+    model, want = transformer(), transformer().state_dict()
+    optimizer = torch.optim.AdamW(model.parameters())
+    want["scalar"], want["half"] = torch.tensor(3.0), torch.ones(2).half()
+    content = {"model": want, "optimizer": optimizer.state_dict(), "epoch": 3}
+    save_distributed(content, tmp_path / "nested")
+    save_distributed(want, tmp_path / "flat")
+    for name, notes in (
+        ("nested", ("Taken from 'model', not optimizer, epoch.",)),
+        ("flat", ()),
+    ):
+        state_dict = read_state_dict(tmp_path / name)
+        assert_same_bits(state_dict, want)
+        assert state_dict.notes == notes
+
+
+def parts(folder, **changes):
+    """Writes a (4, 3) tensor in two parts, as two processes would."""
+    whole = torch.arange(12.0).reshape(4, 3)
+    chunks, storage = [], {}
+    for rank, start in enumerate((0, 2)):
+        content = saved(whole[start : start + 2].clone())
+        (folder / f"__{rank}_0.distcp").write_bytes(bytes(100) + content)
+        offsets = torch.Size([start, 0])
+        chunks.append(meta.ChunkStorageMetadata(offsets, torch.Size([2, 3])))
+        place = dict(relative_path=f"__{rank}_0.distcp", offset=100)
+        place |= dict(length=len(content)) | (changes if rank else {})
+        storage[meta.MetadataIndex("a", offsets)] = _StorageInfo(**place)
+    properties = meta.TensorProperties(dtype=torch.float32)
+    tensors = {"a": meta.TensorStorageMetadata(properties, whole.shape, chunks)}
+    content = pickle.dumps(meta.Metadata(tensors, storage_data=storage))
+    (folder / ".metadata").write_bytes(content)
+    return {"a": whole}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_parts_of_a_distributed_tensor_are_joined(tmp_path):
+    want = parts(tmp_path)
+    assert_same_bits(read_state_dict(tmp_path), want)
+    theirs = {"a": torch.zeros(4, 3)}
+    dcp.load(theirs, checkpoint_id=tmp_path, no_dist=True)
+    assert theirs["a"].equal(want["a"])
+
+
+WRONG_PARTS_OF_TENSORS = {
+    "outside": (
+        dict(relative_path="../__1_0.distcp"),
+        ValueError,
+        "must name files of its own folder, got '../__1_0.distcp'",
+    ),
+    "missing": (
+        dict(relative_path="__7_0.distcp"),
+        FileNotFoundError,
+        "names __7_0.distcp, which is missing",
+    ),
+    "compressed": (
+        dict(transform_descriptors=["zstd"]),
+        ValueError,
+        "a must be stored as it is, got ['zstd']",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "changes, error, text",
+    WRONG_PARTS_OF_TENSORS.values(),
+    ids=WRONG_PARTS_OF_TENSORS,
+)
+def test_wrong_part_of_a_distributed_tensor_is_refused(tmp_path, changes, error, text):
+    parts(tmp_path, **changes)
+    assert_raises(error, text, lambda: read_state_dict(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (saved(torch.ones(2, 2)), "must hold float32[2, 3] of a, got float32[2, 2]"),
+        (saved(torch.ones(2, 3).half()), "of a, got float16[2, 3]"),
+        (saved(torch.ones(2, 3))[:50], "cannot be read by torch.load"),
+    ],
+    ids=["shape", "dtype", "cut"],
+)
+def test_broken_part_of_a_distributed_tensor_is_refused(tmp_path, content, text):
+    parts(tmp_path, offset=0, length=len(content))
+    (tmp_path / "__1_0.distcp").write_bytes(content)
+    state_dict = read_state_dict(tmp_path)
+    assert_raises(ValueError, text, lambda: state_dict["a"])
+
+
+def test_distributed_metadata_that_would_run_code_does_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    content = pickle.dumps(meta.Metadata({}, planner_data=Evil()))
+    (tmp_path / ".metadata").write_bytes(content)
+    assert_raises(
+        ValueError,
+        ".metadata' cannot be read: it needs posix.mkdir, which may run code.",
+        lambda: read_state_dict(tmp_path),
+    )
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(content)  # what PyTorch does
+    assert (tmp_path / "ran").exists()
+
+
+BROKEN_METADATA = {
+    "empty": (b"", "cannot be read"),
+    "text": (b"<html>", "cannot be read"),
+    "cut": (pickle.dumps(meta.Metadata({}))[:-5], "cannot be read"),
+    "a number": (pickle.dumps(3), "is broken"),
+    "other fields": (pickle.dumps(meta.Metadata(3)), "is broken"),
+    "part not stored": (
+        pickle.dumps(
+            meta.Metadata(
+                {
+                    "a": meta.TensorStorageMetadata(
+                        meta.TensorProperties(),
+                        torch.Size([2]),
+                        [meta.ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))],
+                    )
+                },
+                storage_data={},
+            )
+        ),
+        "is broken",
+    ),
+    "no parts": (
+        pickle.dumps(
+            meta.Metadata(
+                {
+                    "a": meta.TensorStorageMetadata(
+                        meta.TensorProperties(), torch.Size([2]), []
+                    )
+                },
+                storage_data={},
+            )
+        ),
+        "must name all parts of a, and each once",
+    ),
+    "name within a tensor": (
+        pickle.dumps(
+            meta.Metadata(
+                dict.fromkeys("ab", meta.BytesStorageMetadata()),
+                planner_data={"b": ("a", "b")},
+            )
+        ),
+        "is broken",
+    ),
+}
+
+
+@pytest.mark.parametrize("content, text", BROKEN_METADATA.values(), ids=BROKEN_METADATA)
+def test_broken_distributed_metadata_is_refused(tmp_path, content, text):
+    (tmp_path / ".metadata").write_bytes(content)
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path))

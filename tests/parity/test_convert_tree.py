@@ -1,0 +1,1019 @@
+"""Whole models: what is found in a state_dict, and what becomes of every tensor."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_mha import MultiheadAttention, convert
+from flax_mha.convert import (
+    Conversion,
+    convert_tree,
+    find_layers,
+    find_look_alikes,
+    plan_tree,
+    save_safetensors,
+)
+from tests.parity._live import TOLERANCE, inputs, normal, to_array
+from tests.parity.test_rules_state_dict import OPTIONS, torch_module
+
+
+@pytest.fixture
+def standard_promotion():
+    """Flax's layers start in float32, and are given float64."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Linears(torch.nn.Module):
+    """Attention as fairseq, ESM and Hugging Face store it, and CLIP's with `out`."""
+
+    def __init__(self, kdim=6, vdim=6, bias=True, bias_kv=False, out="out_proj", m=6):
+        super().__init__()
+        for name, features in (("q", 6), ("k", kdim), ("v", vdim)):
+            self.add_module(f"{name}_proj", torch.nn.Linear(features, 6, bias))
+        self.add_module(out, torch.nn.Linear(6, m, bias))
+        for name in ("bias_k", "bias_v") if bias_kv else ():
+            self.register_parameter(name, torch.nn.Parameter(torch.randn(1, 1, 6)))
+        self.out = getattr(self, out)
+
+    def forward(self, query, key, value):
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if hasattr(self, "bias_k"):
+            k = torch.cat([k, self.bias_k.repeat(len(k), 1, 1)], 1)
+            v = torch.cat([v, self.bias_v.repeat(len(v), 1, 1)], 1)
+        q, k, v = (x.unflatten(2, (3, 2)).transpose(1, 2) for x in (q, k, v))
+        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+    def state_dict(self, **kwargs):
+        return {
+            name: tensor
+            for name, tensor in super().state_dict(**kwargs).items()
+            if ".out." not in f".{name}"  # the same module by its other name
+        }
+
+
+class Timm(torch.nn.Module):
+    """timm's Attention."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.qkv = torch.nn.Linear(6, 18, bias)
+        self.proj = torch.nn.Linear(6, 6, bias)
+
+    def forward(self, x, *_):
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, 3, 2).permute(2, 0, 3, 1, 4)
+        heads = torch.nn.functional.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+
+class Torch(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attn = torch_module(**options, batch_first=True)
+
+    def forward(self, *arrays):
+        return self.attn(*arrays)[0]
+
+    def state_dict(self, **kwargs):
+        return self.attn.state_dict(**kwargs)
+
+
+# family, module, and what its layer is beside that
+FAMILIES = {
+    "packed": ("torch", lambda: Torch(), {}),
+    "no_bias": ("torch", lambda: Torch(bias=False), dict(bias=False)),
+    "bias_kv": ("torch", lambda: Torch(add_bias_kv=True), dict(add_bias_kv=True)),
+    "kdim": ("torch", lambda: Torch(kdim=4, vdim=7), dict(kdim=4, vdim=7)),
+    "linears": ("linears", lambda: Linears(), {}),
+    "linears_kdim": ("linears", lambda: Linears(4, 7), dict(kdim=4, vdim=7)),
+    "linears_no_bias": ("linears", lambda: Linears(bias=False), dict(bias=False)),
+    "esm": ("linears", lambda: Linears(bias_kv=True), dict(add_bias_kv=True)),
+    "clip_pool": (
+        "clip_pool",
+        lambda: Linears(out="c_proj", m=4),
+        dict(output_dim=4),
+    ),
+    "timm": ("timm", lambda: Timm(), {}),
+    "timm_no_bias": ("timm", lambda: Timm(bias=False), dict(bias=False)),
+}
+by_family = pytest.mark.parametrize(
+    "family, make, differs", FAMILIES.values(), ids=FAMILIES
+)
+
+
+def arrays_of(state_dict):
+    return {name: to_array(tensor) for name, tensor in state_dict.items()}
+
+
+def assert_same_bits(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        a, b = np.asarray(got[name]), to_array(want[name])
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        assert a.tobytes() == b.tobytes(), name
+
+
+@by_family
+def test_each_family_is_found_and_described(family, make, differs):
+    state_dict = {f"a.b.{k}": v for k, v in make().double().state_dict().items()}
+    (layer,) = find_layers(state_dict)
+    wanted = dict(embed_dim=6, kdim=6, vdim=6, output_dim=6, bias=True) | differs
+    assert (layer.prefix, layer.family, layer.dtype) == ("a.b", family, np.float64)
+    assert wanted.items() <= dataclasses.asdict(layer).items()
+    assert layer.add_bias_kv == differs.get("add_bias_kv", False)
+    assert sorted(k for ks in layer.keys.values() for k in ks) == sorted(state_dict)
+    assert find_look_alikes(state_dict) == []
+
+
+@by_family
+def test_each_family_computes_what_it_does_in_torch(family, make, differs):
+    theirs = make().double()
+    conversion = plan_tree(theirs.state_dict(), 3)
+    params = conversion.params(theirs.state_dict())
+    features = (6, differs.get("kdim", 6), differs.get("vdim", 6))
+    query, key, value = (x.swapaxes(0, 1) for x in inputs(5, 5, features=features))
+    key = query if family == "timm" else key
+    value = query if family == "timm" else value
+    want = theirs(*map(torch.tensor, (query, key, value))).detach()
+    if "output_dim" in differs:
+        got = clip_pool(params, query, key, value)
+    else:
+        ours = MultiheadAttention(
+            6, 3, batch_first=True, **{k: v for k, v in differs.items()}
+        )
+        got, _ = ours.apply({"params": params}, query, key, value)
+    np.testing.assert_allclose(got, want, **TOLERANCE)
+    assert_same_bits(conversion.state_dict(params), theirs.state_dict())
+    (report,) = convert.verify(theirs.state_dict(), params, conversion=conversion)
+    assert max(report.error, report.torch_error) < 1e-12
+
+
+def clip_pool(params, query, key, value):
+    from flax_mha.functional import multi_head_attention_forward
+
+    out, _ = multi_head_attention_forward(
+        *(x.swapaxes(0, 1) for x in (query, key, value)),
+        6,
+        3,
+        params["in_proj_weight"].reshape(18, 6),
+        params["in_proj_bias"].reshape(18),
+        None,
+        None,
+        False,
+        0.0,
+        params["out_proj"]["weight"].reshape(4, 6),
+        params["out_proj"]["bias"],
+        training=False,
+    )
+    return out.swapaxes(0, 1)
+
+
+def test_the_position_embedding_beside_clips_pool_is_a_parameter_of_its_own():
+    state_dict = Linears(out="c_proj").state_dict()
+    state_dict["positional_embedding"] = torch.ones(5, 6)
+    params = convert_tree(state_dict, 3)
+    assert params["positional_embedding"].shape == (5, 6)
+    assert params["out_proj"]["weight"].shape == (6, 3, 2)
+
+
+def changed(make, **changes):
+    """A state_dict with some entries replaced, or left out where None."""
+    names = {name.replace("__", "."): array for name, array in changes.items()}
+    state_dict = dict(make().state_dict()) | names
+    return {name: array for name, array in state_dict.items() if array is not None}
+
+
+LOOK_ALIKES = {
+    "audiocraft_fewer_rows": (
+        changed(Torch, in_proj_weight=torch.ones(10, 6)),
+        "misshapen: in_proj_weight (10, 6), wanted (18, 6)",
+    ),
+    "whisper_without_k_bias": (
+        changed(Linears, k_proj__bias=None),
+        "missing: k_proj.bias (6,)",
+    ),
+    "timm_without_qkv_bias": (changed(Timm, qkv__bias=None), "missing: qkv.bias (18,)"),
+    "normed_queries": (
+        changed(Timm, q_norm__weight=torch.ones(2)),
+        "unexpected: q_norm.weight (2,)",
+    ),
+    "swin": (
+        changed(Timm, relative_position_bias_table=torch.ones(9, 3)),
+        "unexpected: relative_position_bias_table (9, 3)",
+    ),
+    "grouped_queries": (
+        changed(Linears, k_proj__weight=torch.ones(2, 6), k_proj__bias=torch.ones(2)),
+        "misshapen: k_proj.weight (2, 6), wanted (6, 6); k_proj.bias (2,), wanted (6,)",
+    ),
+    "llama": (
+        changed(
+            lambda: Linears(bias=False),
+            out_proj__weight=None,
+            o_proj__weight=torch.ones(6, 6),
+        ),
+        "missing: out_proj.weight (6, 6); unexpected: o_proj.weight (6, 6)",
+    ),
+    "separate_but_all_square": (
+        changed(lambda: Torch(kdim=4), k_proj_weight=torch.ones(6, 6)),
+        "missing: in_proj_weight (18, 6); unexpected: q_proj_weight (6, 6); "
+        "k_proj_weight (6, 6); v_proj_weight (6, 6)",
+    ),
+    "weight_norm": (
+        changed(Torch, in_proj_weight=None, in_proj_weight_g=torch.ones(18, 1)),
+        "missing: in_proj_weight (18, 6); unexpected: in_proj_weight_g (18, 1)",
+    ),
+    "integers": (
+        changed(Torch, in_proj_weight=torch.ones(18, 6, dtype=torch.int8)),
+        "of other dtypes: in_proj_weight int8",
+    ),
+    "mixed_dtypes": (
+        changed(Linears, k_proj__bias=torch.ones(6, dtype=torch.float16)),
+        "of other dtypes: q_proj.bias float32; k_proj.bias float16; "
+        "v_proj.bias float32",
+    ),
+    "no_matrix": ({"in_proj_bias": torch.ones(18)}, "no weight tells its embed_dim"),
+    "empty": (
+        changed(Torch, in_proj_weight=torch.ones(0, 0), out_proj__weight=None),
+        "no weight tells its embed_dim",
+    ),
+    "flash_attn": (
+        {"Wqkv.weight": torch.ones(18, 6)},
+        "Wqkv.weight belongs to flash-attn's MHA",
+    ),
+    "gpt2": (
+        {"c_attn.weight": torch.ones(6, 18), "c_proj.weight": torch.ones(6, 6)},
+        "c_attn.weight belongs to GPT-2's attention, which stores its weights "
+        "transposed",
+    ),
+}
+
+
+@pytest.mark.parametrize("state_dict, reason", LOOK_ALIKES.values(), ids=LOOK_ALIKES)
+def test_look_alikes_are_told_with_the_reason_and_never_converted(state_dict, reason):
+    state_dict = {f"attn.{name}": tensor for name, tensor in state_dict.items()}
+    assert find_layers(state_dict) == []
+    (found,) = find_look_alikes(state_dict)
+    assert (found.prefix, found.reason) == ("attn", reason)
+    assert found.keys and set(found.keys) <= state_dict.keys()
+    with pytest.raises(ValueError) as raised:
+        plan_tree(state_dict, 3)
+    assert f"of what only looks like attention: {found.keys[0]}" in str(raised.value)
+    assert str(raised.value).endswith(f"\n  'attn': {reason}")
+
+
+def test_a_look_alike_is_converted_as_what_the_caller_says_it_is():
+    state_dict = {f"attn.{k}": v for k, v in LOOK_ALIKES["swin"][0].items()}
+    kinds = {r"attn\.(qkv|proj)": "kernel", r"attn\.(.*bias|relat.*)": "weight"}
+    params = convert_tree(state_dict, kinds=kinds)["attn"]
+    np.testing.assert_array_equal(
+        params["qkv"]["kernel"].T, state_dict["attn.qkv.weight"]
+    )
+    assert params["relative_position_bias_table"].shape == (9, 3)
+
+
+def test_an_attention_layer_is_converted_as_linears_if_the_caller_says_so():
+    kinds = {r".*_proj": "kernel"}
+    params = convert_tree(Linears().state_dict(), kinds=kinds)
+    assert params.keys() == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert params["q_proj"].keys() == {"kernel", "bias"}
+
+
+def test_finding_reads_no_tensor():
+    class Unreadable(dict):
+        specs = convert._arrays.specs(Linears().state_dict())
+
+        def __getitem__(self, name):
+            raise AssertionError(name)
+
+    unreadable = Unreadable.fromkeys(Unreadable.specs)
+    assert len(find_layers(unreadable)) == 1
+    assert len(plan_tree(unreadable, 3).layers) == 1
+
+
+def test_find_layers_of_something_else():
+    with pytest.raises(TypeError, match="state_dict must map names to arrays"):
+        find_layers([1])
+
+
+# Heads.
+
+
+def towers():
+    return {
+        f"{name}.layers.{n}.attn.{key}": tensor
+        for name in ("text_model", "vision_model")
+        for n in range(2)
+        for key, tensor in Torch().state_dict().items()
+    }
+
+
+def heads(conversion):
+    return {layer.prefix: layer.num_heads for layer in conversion.layers}
+
+
+def with_config(tmp_path, state_dict, config):
+    save_safetensors(tmp_path / "model.safetensors", state_dict)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return convert.read_state_dict(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "num_heads",
+    [
+        {"text.*": 2, ".*": 3},
+        lambda layer: 2 if layer.prefix.startswith("text") else 3,
+        {"text.*": np.int64(2), "vision.*": 3},
+    ],
+    ids=["patterns", "function", "numpy"],
+)
+def test_number_of_heads_by_layer(num_heads):
+    got = heads(plan_tree(towers(), num_heads))
+    assert got == {prefix: 2 if "text" in prefix else 3 for prefix in got}
+    assert len(got) == 4
+
+
+@pytest.mark.parametrize(
+    "config, wanted",
+    [
+        ({"num_attention_heads": 3}, {3}),
+        ({"n_head": 3, "hidden_size": 6}, {3}),
+        (
+            {
+                "text_config": {"num_attention_heads": 2},
+                "vision_config": {"num_attention_heads": 3},
+            },
+            {2, 3},
+        ),
+    ],
+    ids=["one", "gpt", "sections"],
+)
+def test_number_of_heads_from_config_json(tmp_path, config, wanted):
+    got = heads(plan_tree(with_config(tmp_path, towers(), config)))
+    assert set(got.values()) == wanted
+
+
+def test_number_of_heads_of_encoder_and_decoder_from_config_json(tmp_path):
+    state_dict = {
+        f"{name}.layers.0.self_attn.{key}": tensor
+        for name in ("encoder", "decoder")
+        for key, tensor in Torch().state_dict().items()
+    }
+    config = {"encoder_attention_heads": 2, "decoder_attention_heads": 3}
+    got = heads(plan_tree(with_config(tmp_path, state_dict, config)))
+    assert got == {"encoder.layers.0.self_attn": 2, "decoder.layers.0.self_attn": 3}
+
+
+UNCLEAR = {
+    # A section leaves out what is the default of its kind.
+    "default_left_out": {"num_attention_heads": 3, "text_config": {}},
+    "one_section": {"vision_config": {"num_attention_heads": 3}},
+    "two_numbers": {"num_heads": 3, "n_heads": 2},
+    "list": {"num_heads": [3, 3]},
+    "nothing": {"hidden_size": 6},
+}
+
+
+@pytest.mark.parametrize("config", UNCLEAR.values(), ids=UNCLEAR)
+def test_an_unclear_config_json_is_not_guessed_from(tmp_path, config):
+    checkpoint = with_config(tmp_path, towers(), config)
+    with pytest.raises(ValueError) as raised:
+        plan_tree(checkpoint)
+    assert "config.json says {" in str(raised.value)
+    assert "That of 'text_model.layers.0.attn' (embed_dim 6)" in str(raised.value)
+
+
+# Whole models.
+
+
+def conv(*size, features=4, **options):
+    return nn.Conv(features, size, padding="VALID", **options)
+
+
+NEIGHBOURS = {
+    "linear": (
+        lambda: torch.nn.Linear(4, 4),
+        nn.Dense(4),
+        normal(2, 4),
+        {},
+    ),
+    "linear_no_bias": (
+        lambda: torch.nn.Linear(4, 4, bias=False),
+        nn.Dense(4, use_bias=False),
+        normal(2, 4),
+        {"layer": "kernel"},
+    ),
+    "embedding": (
+        lambda: torch.nn.Embedding(4, 4),
+        nn.Embed(4, 4),
+        np.arange(4),
+        {"layer": "embedding"},
+    ),
+    "layer_norm": (
+        lambda: torch.nn.LayerNorm(4),
+        nn.LayerNorm(epsilon=1e-5, use_fast_variance=False),
+        normal(2, 4),
+        {},
+    ),
+    "rms_norm": (
+        lambda: torch.nn.RMSNorm(4, eps=1e-6),
+        nn.RMSNorm(epsilon=1e-6),
+        normal(2, 4),
+        {},
+    ),
+    "group_norm": (
+        lambda: torch.nn.GroupNorm(2, 4),
+        nn.GroupNorm(2, epsilon=1e-5, use_fast_variance=False),
+        normal(2, 3, 4),
+        {},
+    ),
+    "conv1d": (lambda: torch.nn.Conv1d(4, 4, 3), conv(3), normal(2, 7, 4), {}),
+    "conv2d": (
+        lambda: torch.nn.Conv2d(4, 6, (3, 2), bias=False),
+        conv(3, 2, features=6, use_bias=False),
+        normal(2, 7, 6, 4),
+        {},
+    ),
+    "conv2d_grouped": (
+        lambda: torch.nn.Conv2d(4, 4, 3, groups=2),
+        conv(3, 3, feature_group_count=2),
+        normal(2, 7, 6, 4),
+        {},
+    ),
+    "conv3d": (
+        lambda: torch.nn.Conv3d(4, 4, 2),
+        conv(2, 2, 2),
+        normal(2, 3, 4, 3, 4),
+        {},
+    ),
+    "conv_transpose": (
+        lambda: torch.nn.ConvTranspose2d(4, 4, (3, 2), stride=2),
+        nn.ConvTranspose(
+            4, (3, 2), strides=(2, 2), padding="VALID", transpose_kernel=True
+        ),
+        normal(2, 5, 3, 4),
+        {},
+    ),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("make, ours, x, kinds", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_other_layers_compute_the_same(make, ours, x, kinds):
+    theirs = torch.nn.ModuleDict({"layer": make().double()})
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    state_dict = theirs.state_dict()
+    shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), x)["params"])
+    target = {"layer": jax.tree.map(lambda s: s.update(dtype="float64"), shapes)}
+    params = convert_tree(state_dict, kinds=kinds, target=target)
+    assert_same_bits(plan_tree(state_dict, kinds=kinds).state_dict(params), state_dict)
+    moved = x if x.ndim < 3 else np.moveaxis(x, -1, 1)
+    want = theirs["layer"](torch.tensor(moved)).detach().numpy()
+    want = want if x.ndim < 3 else np.moveaxis(want, 1, -1)
+    got = ours.apply({"params": params["layer"]}, x)
+    np.testing.assert_allclose(got, want, **TOLERANCE)
+
+
+class Block(nn.Module):
+    """torch.nn.TransformerEncoderLayer without dropout, as nn.scan takes it."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        attn = MultiheadAttention(6, 3, batch_first=True, name="self_attn")
+        norm1, norm2 = (nn.LayerNorm(1e-5, name=f"norm{n}") for n in (1, 2))
+        x = norm1(x + attn(x, x, x)[0])
+        y = nn.Dense(6, name="linear2")(nn.relu(nn.Dense(8, name="linear1")(x)))
+        return norm2(x + y), None
+
+
+class Encoder(nn.Module):
+    scan: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.scan:
+            stack = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            return stack(name="layers")(x, None)[0]
+        for n in range(2):
+            x, _ = Block(name=f"layers_{n}")(x, None)
+        return x
+
+
+def encoder(dtype=torch.float64):
+    layer = torch.nn.TransformerEncoderLayer(6, 3, 8, batch_first=True, dtype=dtype)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def target(scan):
+    shapes = jax.eval_shape(
+        lambda: Encoder(scan).init(jax.random.key(0), jnp.ones((1, 2, 6)))["params"]
+    )
+    return jax.tree.map(lambda s: s.update(dtype="float64"), shapes)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("scan", [False, True], ids=["list", "scan"])
+def test_an_encoder_runs_as_a_list_of_layers_and_stacked_for_scan(scan):
+    theirs = encoder()
+    conversion = plan_tree(
+        theirs.state_dict(), 3, stack=["layers"] if scan else [], target=target(scan)
+    )
+    params = conversion.params(theirs.state_dict())
+    x = normal(2, 4, 6)
+    got = Encoder(scan).apply({"params": params}, x)
+    np.testing.assert_allclose(got, theirs(torch.tensor(x)).detach(), **TOLERANCE)
+    assert_same_bits(conversion.state_dict(params), theirs.state_dict())
+    assert [layer.index for layer in conversion.layers] == (
+        [0, 1] if scan else [None] * 2
+    )
+    convert.verify(theirs.state_dict(), params, conversion=conversion)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("stack", [[], ["layers"]], ids=["list", "scan"])
+def test_round_trip_is_exact_in_every_dtype_also_through_json(dtype, stack):
+    theirs = encoder(getattr(torch, dtype))
+    conversion = plan_tree(theirs.state_dict(), 3, stack=stack)
+    assert Conversion.from_json(conversion.to_json()) == conversion
+    params = jax.tree.map(jnp.asarray, conversion.params(theirs.state_dict()))
+    back = Conversion.from_json(conversion.to_json()).state_dict(params)
+    assert_same_bits(back, theirs.state_dict())
+
+
+def test_float8_comes_through_too():
+    weight = torch.randn(4, 4).to(torch.float8_e4m3fn)
+    conversion = plan_tree({"l.weight": weight}, kinds={"l": "kernel"})
+    conversion = Conversion.from_json(conversion.to_json())
+    params = conversion.params({"l.weight": weight})
+    assert params["l"]["kernel"].dtype == jnp.float8_e4m3fn
+    back = conversion.state_dict(params)["l.weight"]
+    assert back.tobytes() == weight.view(torch.uint8).numpy().tobytes()
+
+
+def test_prefix_rename_and_ignore():
+    state_dict = {f"model.{k}": v for k, v in encoder().state_dict().items()}
+    state_dict |= {"model.position_ids": torch.arange(3), "head.weight": torch.ones(2)}
+    conversion = plan_tree(
+        state_dict,
+        3,
+        prefix="model",
+        rename={r"^layers\.": "blocks.", "self_attn": "attn", "kernel$": "w"},
+        ignore=[r"model\.position_ids"],
+    )
+    params = conversion.params(state_dict)
+    assert params.keys() == {"blocks_0", "blocks_1"}
+    assert params["blocks_0"]["attn"]["out_proj"]["weight"].shape == (6, 3, 2)
+    assert params["blocks_1"]["linear1"]["w"].shape == (6, 8)
+    assert conversion.layers[1].prefix == "model.layers.1.self_attn"
+    assert conversion.layers[1].path == "blocks_1/attn"
+    assert conversion.ignored == ("model.position_ids",)
+    assert state_dict.keys() - conversion.state_dict(params).keys() == {
+        "model.position_ids",
+        "head.weight",
+    }
+
+
+@pytest.mark.parametrize("kind", ["kernel", "embedding", "weight"])
+def test_the_target_tells_what_a_matrix_is(kind):
+    state_dict = {"head.weight": torch.randn(4, 4)}
+    wanted = {"head": {kind: jax.ShapeDtypeStruct((4, 4), np.float32)}}
+    params = convert_tree(state_dict, target=wanted)
+    turned = (
+        state_dict["head.weight"].T if kind == "kernel" else state_dict["head.weight"]
+    )
+    np.testing.assert_array_equal(params["head"][kind], turned)
+
+
+def test_a_root_weight_is_named_by_its_own_name():
+    params = convert_tree({"weight": torch.ones(2, 3)}, kinds={"weight": "kernel"})
+    assert params["kernel"].shape == (3, 2)
+
+
+def test_a_target_that_differs_also_says_what_looks_alike():
+    state_dict, reason = LOOK_ALIKES["whisper_without_k_bias"]
+    with pytest.raises(ValueError) as raised:
+        plan_tree(state_dict, target={"in_proj_weight": f32(3, 3, 2, 6)})
+    assert "\n  missing: in_proj_weight (3, 3, 2, 6)\n" in str(raised.value)
+    assert str(raised.value).endswith(f"\n  '': {reason}")
+
+
+def test_a_target_in_flaxs_boxes():
+    wanted = {
+        "head": {"kernel": nn.Partitioned(jnp.ones((3, 2), np.float32), (None,) * 2)}
+    }
+    assert convert_tree({"head.weight": torch.ones(2, 3)}, target=wanted)
+
+
+def test_numbers_in_paths():
+    state_dict = {
+        "0.weight": torch.ones(2),
+        "mlp.0.1.weight": torch.ones(2),
+        "prompts.3": torch.ones(2),
+    }
+    paths = [entry.path for entry in plan_tree(state_dict).entries]
+    assert paths == ["0/scale", "mlp_0_1/scale", "prompts_3"]
+
+
+def test_batch_norm_without_its_statistics():
+    state_dict = torch.nn.ModuleDict({"bn": torch.nn.BatchNorm1d(3)}).state_dict()
+    params = convert_tree(state_dict, ignore=[r".*\.(running_\w+|num_batches_tracked)"])
+    assert params["bn"].keys() == {"scale", "bias"}
+
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+LINEAR = {"l.weight": np.zeros((2, 3), "f"), "l.bias": np.zeros(2, "f")}
+LAYER = {
+    name: array.astype("f") for name, array in arrays_of(Torch().state_dict()).items()
+}
+BELOW = {f"a.{name}": array for name, array in LAYER.items()}
+STACK = {"h.0.weight": np.zeros(2, "f"), "h.1.weight": np.zeros(2, "f")}
+WRONG = {
+    "not_a_mapping": (
+        dict(state_dict=[1]),
+        TypeError,
+        "state_dict must map names to arrays, as module.state_dict() does, got "
+        "<class 'list'>.",
+    ),
+    "prefix": (
+        dict(state_dict=LINEAR, prefix="m"),
+        ValueError,
+        "prefix must begin some names of the state_dict, got 'm.'; its names are "
+        "l.weight, l.bias",
+    ),
+    "no_heads": (
+        dict(state_dict=BELOW),
+        ValueError,
+        "num_heads must be given for each attention layer, as no tensor records it: "
+        "one number, {\"pattern of prefixes\": number}, or a function. That of 'a' "
+        "(embed_dim 6) is not known: there is no config.json.",
+    ),
+    "heads_of_others": (
+        dict(state_dict=BELOW, num_heads={"b": 3}),
+        ValueError,
+        "num_heads must have patterns that match a whole name, got 'b', which decides "
+        "nothing among 'a'.",
+    ),
+    "heads_do_not_divide": (
+        dict(state_dict=BELOW, num_heads=4),
+        ValueError,
+        "num_heads must divide embed_dim 6 of 'a', got 4.",
+    ),
+    "heads_not_an_integer": (
+        dict(state_dict=BELOW, num_heads={"a": 3.0}),
+        TypeError,
+        "num_heads must be an integer, got 3.0 for 'a'.",
+    ),
+    "ignore_a_string": (
+        dict(state_dict=LINEAR, ignore="l.bias"),
+        TypeError,
+        "ignore must be several patterns, got the string 'l.bias'.",
+    ),
+    "ignore_nothing": (
+        dict(state_dict=LINEAR, ignore=["bias"]),
+        ValueError,
+        "ignore must have patterns that match a whole name, got 'bias', which decides "
+        "nothing among 'l.weight', 'l.bias'.",
+    ),
+    "no_pattern": (
+        dict(state_dict=LINEAR, rename={"(": ""}),
+        ValueError,
+        "rename must have regular expressions, got '(': missing ), unterminated "
+        "subpattern at position 0.",
+    ),
+    "kind_of_another_rank": (
+        dict(state_dict=LINEAR, kinds={"l": "scale"}),
+        ValueError,
+        "kinds must say 'kernel' or 'embedding' or 'weight' of l.weight, which has "
+        "shape (2, 3); got 'scale'.",
+    ),
+    "doubts": (
+        dict(
+            state_dict={
+                "l.weight": LINEAR["l.weight"],
+                "transposed.weight": np.zeros((2, 3), "f"),
+                "transposed.bias": np.zeros(3, "f"),
+                "bn.running_mean": np.zeros(2, "f"),
+            }
+        ),
+        ValueError,
+        "state_dict must leave no doubt what its tensors are (say so in kinds, as "
+        '{".*lm_head": "kernel"}, or in ignore, or give a target), but\n'
+        "  a Linear's or an Embedding's: l.weight; transposed.weight\n"
+        "  not parameters, but BatchNorm's: bn.running_mean",
+    ),
+    "torn_apart": (
+        dict(state_dict=BELOW, num_heads=3, rename={"in_proj": "qkv"}),
+        ValueError,
+        "rename must keep the names of the parameters of 'a', in_proj_weight, "
+        "in_proj_bias, out_proj/weight, out_proj/bias; got a/qkv_weight, a/qkv_bias, "
+        "a/out_proj/weight, a/out_proj/bias.",
+    ),
+    "taken_twice": (
+        dict(
+            state_dict={"a.b.weight": np.zeros(2), "c.b.weight": np.zeros(2)},
+            rename={"^c": "a"},
+        ),
+        ValueError,
+        "state_dict must give each path one parameter (see rename and stack), but\n"
+        "  taken twice: a/b/scale (of a.b.weight, c.b.weight)",
+    ),
+    "a_parameter_above_another": (
+        dict(state_dict={"a": np.zeros(2), "a.b": np.zeros(2)}),
+        ValueError,
+        "state_dict must give each path one parameter (see rename and stack), but\n"
+        "  taken twice: a (of a)",
+    ),
+    "target": (
+        dict(
+            state_dict=LINEAR | {"n.weight": np.zeros(2), "x": np.zeros(1, "f")},
+            target={"l": {"kernel": f32(2, 3)}, "n": {"scale": f32(2)}, "m": f32(4)},
+        ),
+        ValueError,
+        "state_dict must convert to what target has, but\n"
+        "  missing: m (4,)\n"
+        "  unexpected: l/bias (2,); x (1,)\n"
+        "  misshapen: l/kernel (3, 2), wanted (2, 3)\n"
+        "  of another dtype: n/scale float64, wanted float32",
+    ),
+    "target_not_a_tree": (
+        dict(state_dict=LINEAR, target=3),
+        TypeError,
+        "params must be nested dicts of arrays, got <class 'int'>.",
+    ),
+    "stack_of_nothing": (
+        dict(state_dict=LINEAR, stack=["l"]),
+        ValueError,
+        "stack must name modules whose children are numbered from 0 on, got 'l' with "
+        "none.",
+    ),
+    "stack_with_a_gap": (
+        dict(state_dict={"h.0.w": np.zeros(2), "h.2.w": np.zeros(2)}, stack=["h"]),
+        ValueError,
+        "stack must name modules whose children are numbered from 0 on, got 'h' with "
+        "0, 2.",
+    ),
+    "stack_of_unlike_modules": (
+        dict(
+            state_dict=STACK | {"h.2.weight": np.zeros(3, "f"), "h.0.b": np.zeros(1)},
+            stack=["h"],
+        ),
+        ValueError,
+        "state_dict must give each path one parameter (see rename and stack), but\n"
+        "  not alike in all stacked modules: h/scale (of h.0.weight, h.1.weight, "
+        "h.2.weight); h/b (of h.0.b)",
+    ),
+}
+
+
+@pytest.mark.parametrize("given, error, text", WRONG.values(), ids=WRONG)
+def test_everything_wrong_is_told(given, error, text):
+    with pytest.raises(error) as raised:
+        plan_tree(**given)
+    assert type(raised.value) is error
+    assert str(raised.value) == text
+
+
+def test_a_state_dict_that_was_not_planned_for():
+    conversion = plan_tree(LINEAR)
+    other = {"l.weight": np.zeros((2, 4), "f")}
+    with pytest.raises(ValueError) as raised:
+        conversion.params(other)
+    assert str(raised.value) == (
+        "state_dict must be like the one that was planned for, but\n"
+        "  missing: l.bias (2,)\n"
+        "  misshapen: l.weight (2, 4), wanted (2, 3)"
+    )
+
+
+def test_params_that_were_not_converted_so():
+    with pytest.raises(ValueError) as raised:
+        plan_tree(LINEAR).state_dict({"l": {"kernel": np.zeros((2, 3)), "b": 1.0}})
+    assert str(raised.value) == (
+        "params must be as converted, but\n"
+        "  missing: l/bias (2,)\n"
+        "  unexpected: l/b ()\n"
+        "  misshapen: l/kernel (2, 3), wanted (3, 2)"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        plan_tree(LINEAR).to_json().replace("[3, 2]", "[3, 3]"),
+        plan_tree(LINEAR).to_json().replace("[1, 0]", "[1, 1]"),
+        plan_tree(LINEAR).to_json().replace("float32", "float33"),
+    ],
+    ids=["empty", "list", "no_entries", "size", "order", "dtype"],
+)
+def test_json_of_something_else(text):
+    with pytest.raises(ValueError, match="text must be what Conversion"):
+        Conversion.from_json(text)
+
+
+# Placement.
+
+
+def mesh():
+    return jax.make_mesh(
+        (2, 3), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:6]
+    )
+
+
+def place(path, axes, spec):
+    """Heads of attention layers over the model axis, all else over all devices."""
+    assert len(axes) == len(spec.shape)
+    names = {"heads": "model"}
+    return NamedSharding(mesh(), P(*(names.get(axis) for axis in axes)))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("stack", [[], ["layers"]], ids=["list", "scan"])
+def test_parameters_land_in_their_sharding_and_compute_the_same(stack):
+    theirs = encoder()
+    params = convert_tree(theirs.state_dict(), 3, place=place, stack=stack)
+    layer = params["layers" if stack else "layers_0"]
+    weight = layer["self_attn"]["in_proj_weight"]
+    heads_axis = weight.ndim - 3
+    assert weight.sharding.spec[heads_axis] == "model"
+    parts = {shard.data.shape[heads_axis] for shard in weight.addressable_shards}
+    assert parts == {1} and weight.shape[heads_axis] == 3
+    assert layer["linear1"]["kernel"].sharding.is_fully_replicated
+    x = normal(2, 4, 6)
+    got = jax.jit(Encoder(bool(stack)).apply)({"params": params}, x)
+    np.testing.assert_allclose(got, theirs(torch.tensor(x)).detach(), **TOLERANCE)
+    conversion = plan_tree(theirs.state_dict(), 3, stack=stack)
+    assert_same_bits(conversion.state_dict(params), theirs.state_dict())
+
+
+def test_place_may_leave_a_parameter_to_numpy():
+    params = convert_tree(LINEAR, place=lambda path, axes, spec: None)
+    assert type(params["l"]["kernel"]) is np.ndarray
+
+
+def test_place_says_when_jax_would_halve_the_bits():
+    with jax.enable_x64(False), pytest.raises(ValueError, match="set jax_enable_x64"):
+        convert_tree(encoder().state_dict(), 3, place=place)
+
+
+def test_tensors_are_read_once_each_and_one_after_the_other():
+    """The host holds one at a time, even where three make one parameter."""
+    source = {f"a.{k}": v for k, v in arrays_of(Linears().state_dict()).items()}
+    source |= LINEAR
+    alive, most, read = set(), [], []
+
+    class Watched(np.ndarray):
+        def __del__(self):
+            alive.discard(id(self))
+
+    class Lazy(dict):
+        specs = convert._arrays.specs(source)
+
+        def __getitem__(self, name):
+            size, shape = source[name].size, source[name].shape
+            # JAX would go on using memory on the CPU that is aligned.
+            owner = Watched(size + 1, source[name].dtype)
+            owner[1:] = source[name].ravel()
+            alive.add(id(owner))
+            most.append(len(alive))
+            read.append(name)
+            return owner[1:].reshape(shape)
+
+    lazy = Lazy.fromkeys(source)
+    kinds = {"l": "kernel"}
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = convert_tree(lazy, 3, kinds=kinds, place=lambda *_: one)
+    assert sorted(read) == sorted(source)
+    assert max(most) <= 2  # JAX may let go of the one before a little later
+    assert_same_bits(plan_tree(source, 3, kinds=kinds).state_dict(params), source)
+
+
+# Flax's own attention.
+
+
+STOCK = {
+    name: o for name, o in OPTIONS.items() if name in ("plain", "no_bias", "kdim_vdim")
+}
+
+
+@pytest.mark.parametrize("options", STOCK.values(), ids=STOCK)
+def test_linens_attention_computes_the_same(options):
+    theirs = torch_module(**options, batch_first=True)
+    params = convert_tree({f"a.{k}": v for k, v in theirs.state_dict().items()}, 3)
+    stock = convert.to_stock(params)
+    query, key, value = (
+        x.swapaxes(0, 1) for x in inputs(features=(6, theirs.kdim, theirs.vdim))
+    )
+    flax = nn.MultiHeadAttention(3, qkv_features=6, use_bias=options.get("bias", True))
+    got = flax.apply({"params": stock["a"]}, query, key, value)
+    want, _ = theirs(*map(torch.tensor, (query, key, value)))
+    np.testing.assert_allclose(got, want.detach(), **TOLERANCE)
+    jax.tree.map(np.testing.assert_array_equal, convert.from_stock(stock), params)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_nnxs_attention_computes_the_same_and_comes_back():
+    flax = nnx.MultiHeadAttention(
+        3,
+        6,
+        decode=False,
+        rngs=nnx.Rngs(0),
+        dtype=jnp.float64,
+        param_dtype=jnp.float64,
+    )
+    state = nnx.state(flax, nnx.Param)
+    tree = nnx.to_pure_dict(state)
+    params = convert.from_stock(tree)
+    query, key, value = (x.swapaxes(0, 1) for x in inputs())
+    got, _ = MultiheadAttention(6, 3, batch_first=True).apply(
+        {"params": params}, query, key, value
+    )
+    # nnx calls jax.nn.dot_product_attention, which computes logits in float32.
+    np.testing.assert_allclose(got, flax(query, key, value), rtol=1e-4, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, convert.to_stock(params), tree)
+
+
+def test_stacked_layers_go_to_stock_trees_and_back():
+    params = convert_tree(encoder().state_dict(), 3, stack=["layers"])
+    stock = convert.to_stock(params)
+    assert stock["layers"]["self_attn"]["key"]["kernel"].shape == (2, 6, 3, 2)
+    alone = convert.to_stock(convert_tree(encoder().state_dict(), 3))["layers_1"]
+    assert jax.tree.structure(alone) == jax.tree.structure(stock["layers"])
+    jax.tree.map(np.testing.assert_array_equal, convert.from_stock(stock), params)
+
+
+def stock_layer(**changes):
+    stock = convert.to_stock(convert_tree(LAYER, 3))
+    return {name: node for name, node in (stock | changes).items() if node is not None}
+
+
+def kernel(*shape):
+    return {"kernel": np.zeros(shape), "bias": np.zeros(shape[1:])}
+
+
+NOT_STOCK = {
+    "bias_kv": (
+        lambda: convert.to_stock(convert_tree(Torch(add_bias_kv=True).state_dict(), 3)),
+        "params must be those of a MultiheadAttention without bias_k and bias_v, but\n"
+        "  unexpected: bias_k (3, 2); bias_v (3, 2)",
+    ),
+    "torch_shapes": (
+        lambda: convert.to_stock({"in_proj_weight": np.zeros((18, 6))}),
+        "params must be those of a MultiheadAttention without bias_k and bias_v, but\n"
+        "  missing: out_proj.weight (1, 1, 1)\n"
+        "  misshapen: in_proj_weight (18, 6), wanted (3, 1, 1, 1)",
+    ),
+    "normed": (
+        lambda: convert.from_stock(stock_layer(query_ln={"scale": np.zeros(2)})),
+        "tree must be that of a Flax attention as PyTorch's can be, but\n"
+        "  unexpected: query_ln.scale (2,)",
+    ),
+    "heads_of_other_size": (
+        lambda: convert.from_stock(stock_layer(query=kernel(6, 3, 4))),
+        "tree must be that of a Flax attention as PyTorch's can be, but\n"
+        "  misshapen: query.kernel (6, 3, 4), wanted (6, 3, 2); query.bias (3, 4), "
+        "wanted (3, 2)",
+    ),
+    "other_output": (
+        lambda: convert.from_stock(
+            stock_layer(out={"kernel": np.zeros((3, 2, 5)), "bias": np.zeros(5)})
+        ),
+        "tree must be that of a Flax attention as PyTorch's can be, but\n"
+        "  misshapen: out.kernel (3, 2, 5), wanted (3, 2, 6)",
+    ),
+    "some_biases": (
+        lambda: convert.from_stock(stock_layer(out={"kernel": np.zeros((3, 2, 6))})),
+        "tree must be that of a Flax attention as PyTorch's can be, but\n"
+        "  missing: out.bias (6,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, text", NOT_STOCK.values(), ids=NOT_STOCK)
+def test_trees_that_the_other_side_cannot_have_are_refused(call, text):
+    with pytest.raises(ValueError) as raised:
+        call()
+    assert str(raised.value) == text

@@ -1,0 +1,293 @@
+"""The command line, on files that need no PyTorch."""
+
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from flax_mha import convert
+from flax_mha._cli import _commands, main
+
+WIDTH, HEADS = 8, 2
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, "float32")
+
+
+def attention(prefix, seed=0):
+    return {
+        f"{prefix}.in_proj_weight": normal(3 * WIDTH, WIDTH, seed=seed),
+        f"{prefix}.in_proj_bias": normal(3 * WIDTH, seed=seed + 1),
+        f"{prefix}.out_proj.weight": normal(WIDTH, WIDTH, seed=seed + 2),
+        f"{prefix}.out_proj.bias": normal(WIDTH, seed=seed + 3),
+    }
+
+
+def model():
+    return {
+        **attention("model.layers.0.self_attn"),
+        **attention("model.layers.1.self_attn", seed=10),
+        "model.embed.weight": normal(5, WIDTH),
+        "model.norm.weight": normal(WIDTH),
+        "model.norm.bias": normal(WIDTH),
+        "head.steps": np.arange(3),
+    }
+
+
+OPTIONS = ["--num-heads", "2", "--kind", r".*\.embed=embedding"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a checkpoint `model.safetensors`."""
+    monkeypatch.chdir(tmp_path)
+    convert.save_safetensors("model.safetensors", model())
+    return tmp_path
+
+
+def run(capsys, *argv, code=0):
+    """Returns what is printed, if nothing is an error."""
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_inspect_lists_layers_look_alikes_and_sizes(folder, capsys):
+    tensors = model() | {
+        "whisper.q_proj.weight": normal(8, 8),
+        "cross[0].attn.q_proj_weight": normal(8, 8),
+        "cross[0].attn.k_proj_weight": normal(8, 3),
+        "cross[0].attn.v_proj_weight": normal(8, 5),
+        "cross[0].attn.out_proj.weight": normal(8, 8),
+    }
+    convert.save_safetensors("more.safetensors", tensors)
+    out = run(capsys, "inspect", "more.safetensors")
+    assert re.search(r"model\.layers\.1\.self_attn +torch +8 +float32 +1\.2 kB", out)
+    cross = r"cross\[0\]\.attn +torch +8, kdim 3, vdim 5 +bias=False +float32"
+    assert re.search(cross, out)
+    assert re.search(r"whisper +missing: ", out)
+    assert "17 tensors" in out
+
+
+@pytest.mark.parametrize("converted", ["converted", "converted.safetensors"])
+def test_there_and_back(folder, capsys, converted):
+    out = run(capsys, "convert", "model.safetensors", converted, *OPTIONS)
+    assert out.startswith(f"wrote {converted}; ")
+    reports = run(capsys, "verify", "model.safetensors", converted)
+    assert (
+        len(re.findall(r"model\.layers\.\d\.self_attn +2 +\d\.\de-1\d", reports)) == 2
+    )
+    run(capsys, "export", converted, "back.safetensors")
+    back = convert.read_state_dict("back.safetensors")
+    assert back.keys() == model().keys()
+    for name, tensor in model().items():
+        assert back[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(back[name], tensor)
+    for other in ("back.safetensors", converted):
+        out = run(capsys, "diff", "model.safetensors", other)
+        assert out == "12 tensors are equal, 0 are not\n"
+
+
+def test_convert_has_the_options_of_plan_tree(folder, capsys):
+    run(
+        capsys,
+        *("convert", "model.safetensors", "converted", "--prefix", "model"),
+        *("--num-heads", "4", "--num-heads", r".*layers\.0.*=2"),
+        *("--rename", "layers=blocks", "--rename", "blocks.1=last"),
+        *("--kind", r".*\.embed=kernel", "--ignore", r".*norm\.bias"),
+    )
+    params, conversion = convert.load_params("converted")
+    assert {layer.path: layer.num_heads for layer in conversion.layers} == {
+        "blocks_0/self_attn": 2,
+        "last/self_attn": 4,
+    }
+    assert params["embed"]["kernel"].shape == (WIDTH, 5)
+    assert params.keys() == {"blocks_0", "last", "embed", "norm"}
+    assert params["norm"].keys() == {"scale"}
+
+
+def test_convert_stacks_layers(folder, capsys):
+    stack = ["--stack", "model.layers"]
+    run(capsys, "convert", "model.safetensors", "converted", *OPTIONS, *stack)
+    params, _ = convert.load_params("converted")
+    weight = params["model"]["layers"]["self_attn"]["in_proj_weight"]
+    assert weight.shape == (2, 3, HEADS, WIDTH // HEADS, WIDTH)
+    run(capsys, "verify", "model.safetensors", "converted")
+
+
+def test_verify_finds_interleaved_heads(folder, capsys):
+    run(capsys, "convert", "model.safetensors", "converted", *OPTIONS)
+    params, conversion = convert.load_params("converted")
+    layer = params["model"]["layers_1"]["self_attn"]
+    weight = layer["in_proj_weight"]
+    layer["in_proj_weight"] = weight.swapaxes(1, 2).reshape(weight.shape)
+    convert.save_params("converted", params, conversion, overwrite=True)
+    out = run(capsys, "verify", "model.safetensors", "converted", code=1)
+    assert "'model.layers.1.self_attn' by" in out
+    assert "tensors that differ: model.layers.1.self_attn.in_proj_weight" in out
+    assert "layers.0" not in out
+
+
+def test_diff_names_what_differs(folder, capsys):
+    left = {
+        "only_left": normal(2),
+        "shape": normal(2, 3),
+        "dtype": np.ones(2, "float32"),
+        "numbers": np.array([1.0, 2.0, np.nan, np.inf]),
+        "nan": np.array([1.0, 2.0]),
+        "same": np.array([np.nan, -np.inf]),
+    }
+    right = {
+        "only_right": normal(2),
+        "shape": normal(3, 2),
+        "dtype": np.ones(2, "float16"),
+        "numbers": np.array([1.0, 2.5, np.nan, np.inf]),
+        "nan": np.array([1.0, np.nan]),
+        "same": np.array([np.nan, -np.inf]),
+    }
+    convert.save_safetensors("a.safetensors", left)
+    convert.save_safetensors("b.safetensors", right)
+    lines = run(capsys, "diff", "a.safetensors", "b.safetensors", code=1).splitlines()
+    rows = dict(line.split(maxsplit=1) for line in lines[3:-2])
+    assert {name: text.strip() for name, text in rows.items()} == {
+        "dtype": "float32 and float16",
+        "nan": "1 of 2 elements, by up to nan",
+        "numbers": "1 of 4 elements, by up to 5.0e-01",
+        "only_left": "only in A",
+        "only_right": "only in B",
+        "shape": "(2, 3) and (3, 2)",
+    }
+    assert lines[-1] == "1 tensors are equal, 6 are not"
+
+
+def test_diff_compares_parameters_without_a_conversion_by_their_paths(folder, capsys):
+    for name, number in (("a", 1.0), ("b", 1.5)):
+        convert.save_params(name, {"dense": {"kernel": np.full((2, 2), number)}})
+    out = run(capsys, "diff", "a", "b", code=1)
+    assert re.search(r"dense/kernel +4 of 4 elements, by up to 5\.0e-01", out)
+
+
+ERRORS = {
+    "no_file": (["inspect", "none.safetensors"], "none.safetensors"),
+    "broken": (["inspect", "broken.safetensors"], "is not a whole safetensors file"),
+    "other_file": (["inspect", "notes.txt"], "path must "),
+    "neither": (
+        ["diff", "notes.txt", "notes.txt"],
+        "Nor is it converted: 'notes.txt' is not a whole safetensors file",
+    ),
+    "no_num_heads": (
+        ["convert", "model.safetensors", "out", *OPTIONS[2:]],
+        "num_heads must be given",
+    ),
+    "wrong_num_heads": (
+        ["convert", "model.safetensors", "out", "--num-heads", "3"],
+        "num_heads must divide embed_dim 8",
+    ),
+    "unclear": (
+        ["convert", "model.safetensors", "out", "--num-heads", "2"],
+        "a Linear's or an Embedding's: model.embed.weight",
+    ),
+    "exists": (
+        ["convert", "model.safetensors", "model.safetensors", *OPTIONS],
+        "'model.safetensors' exists",
+    ),
+    "no_folder": (["convert", "model.safetensors", "none/out", *OPTIONS], "none"),
+    "pattern": (
+        ["convert", "model.safetensors", "out", *OPTIONS, "--ignore", "("],
+        "ignore must have regular expressions",
+    ),
+    "replacement": (
+        ["convert", "model.safetensors", "out", *OPTIONS, "--rename", r"a=\9"],
+        "rename",
+    ),
+    "not_converted": (
+        ["verify", "model.safetensors", "model.safetensors"],
+        "must be written by `save_params`",
+    ),
+    "no_record": (
+        ["export", "plain.safetensors", "out.safetensors"],
+        "without a record of how they were converted",
+    ),
+    "export_ending": (["export", "converted", "out.pt"], "must end in .safetensors"),
+}
+
+
+@pytest.mark.parametrize("argv, message", ERRORS.values(), ids=ERRORS)
+def test_an_error_is_one_line_and_leaves_nothing(folder, capsys, argv, message):
+    (folder / "broken.safetensors").write_bytes(b"\x00" * 20)
+    (folder / "notes.txt").write_text("notes")
+    convert.save_params("plain.safetensors", {"a": np.ones(2)})
+    if "converted" in argv:
+        run(capsys, "convert", "model.safetensors", "converted", *OPTIONS)
+    before = sorted(folder.iterdir())
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flax-mha: ") and err.count("\n") == 1
+    assert message in err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_verify_with_another_model_is_no_crash(folder, capsys):
+    run(capsys, "convert", "model.safetensors", "converted", *OPTIONS)
+    convert.save_safetensors("other.safetensors", attention("model.layers.0.self_attn"))
+    out = run(capsys, "verify", "other.safetensors", "converted", code=1)
+    assert "model.layers.1.self_attn.in_proj_weight" in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "COMMAND"),
+        (["train"], "invalid choice"),
+        (["convert", "a", "b", "--num-heads", "many"], "'many' must be N or PATTERN=N"),
+        (["convert", "a", "b", "--rename", "a"], "'a' must be PATTERN=VALUE"),
+    ],
+)
+def test_wrong_usage_is_code_2(capsys, argv, message):
+    with pytest.raises(SystemExit) as raised:
+        main(argv)
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["inspect"], ["convert"], ["verify"], ["export"], ["diff"]]
+)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as raised:
+        main([*command, "--help"])
+    assert raised.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: flax-mha" in out
+    if command in ([], ["convert"]):
+        assert "examples:\n  flax-mha " in out
+
+
+def test_as_a_program(folder):
+    convert.save_safetensors("other.safetensors", {"a": np.ones(2)})
+    command = [sys.executable, "-m", "flax_mha", "diff"]
+    done = subprocess.run(
+        [*command, "model.safetensors", "other.safetensors"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stdout.endswith("0 tensors are equal, 13 are not\n")
+
+
+def test_progress_bar_ends_when_all_tensors_are_read(folder):
+    checkpoint = convert.read_state_dict("model.safetensors")
+    progress = Progress(console=Console(file=io.StringIO()))
+    watched = _commands._Watched(checkpoint, progress, "reading")
+    convert.plan_tree(watched, HEADS, kinds={r".*\.embed": "embedding"})
+    (task,) = progress.tasks
+    assert (task.completed, task.total) == (0, 12)  # planning reads nothing
+    assert len([*watched.values()]) == task.completed == 12

@@ -1,0 +1,424 @@
+"""Files and folders that are read without PyTorch: safetensors and their indexes."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_mha.convert import read_state_dict, save_safetensors
+
+DTYPES = [
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn"),
+    *("float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+]
+ONES = {"a": np.ones((2, 3), "float32"), "b": np.ones(2, "float32")}
+
+
+def arrays(names="ab", offset=0):
+    return {
+        name: np.arange(6.0, dtype="float32").reshape(2, 3) + number + offset
+        for number, name in enumerate(names)
+    }
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name].dtype, got[name].shape) == (
+            want[name].dtype,
+            want[name].shape,
+        )
+        assert np.asarray(got[name]).tobytes() == np.asarray(want[name]).tobytes()
+
+
+def assert_raises(error, text, call):
+    with pytest.raises(error) as raised:
+        call()
+    assert text in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+# Safetensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_safetensors_round_trip_keeps_every_bit(tmp_path, dtype):
+    bits = np.arange(48, dtype="uint8")
+    want = {
+        "matrix": (bits % 2 if dtype == "bool" else bits).view(dtype).reshape(2, -1),
+        "scalar": np.ones((), dtype),
+        "empty": np.zeros((0, 3), dtype),
+    }
+    save_safetensors(tmp_path / "a.safetensors", want)
+    assert_same(read_state_dict(tmp_path / "a.safetensors"), want)
+
+
+def test_safetensors_are_aligned_whatever_the_order(tmp_path):
+    state_dict = {"flag": np.ones(3, "bool"), "wide": np.ones(2), "half": ONES["a"]}
+    save_safetensors(tmp_path / "a.safetensors", state_dict, {"made by": "us"})
+    content = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt", "made by": "us"}
+    for name, info in header.items():
+        assert (8 + length + info["data_offsets"][0]) % state_dict[name].itemsize == 0
+
+
+def test_a_transposed_array_is_written_in_order(tmp_path):
+    want = {"a": np.arange(6.0).reshape(2, 3).T, "b": jnp.ones(2)}
+    save_safetensors(tmp_path / "a.safetensors", want)
+    assert_same(read_state_dict(tmp_path / "a.safetensors"), want)
+
+
+def test_opening_reads_no_tensor_and_reading_reads_one(tmp_path):
+    path = tmp_path / "huge.safetensors"
+    size = 2**36  # more than any memory; the file is a hole
+    header = {
+        "huge": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+        "small": {"dtype": "U8", "shape": [2], "data_offsets": [size, size + 2]},
+    }
+    path.write_bytes(packed(header))
+    os.truncate(path, path.stat().st_size + size + 2)
+    state_dict = read_state_dict(path)
+    assert state_dict.specs["huge"] == jax.ShapeDtypeStruct((size,), np.uint8)
+    assert "huge" in state_dict and "other" not in state_dict
+    np.testing.assert_array_equal(state_dict["small"], [0, 0])
+
+
+def test_each_read_gives_an_array_of_its_own(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", ONES)
+    state_dict = read_state_dict(tmp_path / "a.safetensors")
+    state_dict["a"][:] = 2
+    np.testing.assert_array_equal(state_dict["a"], ONES["a"])
+
+
+def test_a_file_that_is_replaced_is_not_read_on(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_safetensors(path, ONES)
+    state_dict = read_state_dict(path)
+    save_safetensors(path, arrays(), overwrite=True)
+    assert_raises(ValueError, "has changed since", lambda: state_dict["a"])
+
+
+def test_names_that_save_model_left_out_are_there(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", ONES, {"tied": "a", "about": "x"})
+    state_dict = read_state_dict(tmp_path / "a.safetensors")
+    assert_same(state_dict, {**ONES, "tied": ONES["a"]})
+
+
+def test_header_may_say_nothing(tmp_path):
+    header = {"__metadata__": None, "a": {**tensor(), "more": 3}}
+    (tmp_path / "a.safetensors").write_bytes(packed(header, bytes(4)))
+    assert_same(read_state_dict(tmp_path / "a.safetensors"), {"a": np.zeros(1, "f4")})
+
+
+def packed(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(text) if length is None else length
+    return length.to_bytes(8, "little") + text + data
+
+
+def tensor(first=0, last=4, dtype="F32", shape=(1,)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
+
+
+WRONG_FILES = {
+    "empty": (b"", "is empty"),
+    "seven bytes": (b"\0" * 7, "its header must have 0 bytes, but 0 follow"),
+    "length beyond the file": (
+        packed({"a": tensor()}, length=10**6),
+        "its header must have 1000000 bytes, but",
+    ),
+    "length of 2**63": (packed({}, length=2**63), "its header must have 9223372036"),
+    "header cut": (packed({"a": tensor()}, bytes(4), length=20), "is not JSON"),
+    "not UTF-8": (packed(b'{"\xff": 1}'), "is not JSON"),
+    "UTF-16": (packed('{"a": 3}'.encode("utf-16")), "is not JSON"),
+    "byte order mark": (packed(b"\xef\xbb\xbf{}"), "is not JSON"),
+    "nested deeply": (packed(b"[" * 100_000), "is not JSON"),
+    "a list": (packed([]), "must be a JSON object"),
+    "data cut": (packed({"a": tensor()}, bytes(3)), "must have 73 bytes, got 72"),
+    "data too long": (packed({"a": tensor()}, bytes(5)), "must have 73 bytes, got 74"),
+    "overlap": (
+        packed({"a": tensor(), "b": tensor(2, 6)}, bytes(6)),
+        "'b' must begin at byte 4, got 2",
+    ),
+    "the same bytes": (
+        packed({"a": tensor(), "b": tensor()}, bytes(4)),
+        "'b' must begin at byte 4, got 0",
+    ),
+    "gap": (
+        packed({"a": tensor(), "b": tensor(5, 9)}, bytes(9)),
+        "'b' must begin at byte 4, got 5",
+    ),
+    "backwards": (packed({"a": tensor(4, 0)}, bytes(4)), "'a' must have a dtype"),
+    "negative": (packed({"a": tensor(-4, 0)}, bytes(4)), "'a' must have a dtype"),
+    "too few bytes": (
+        packed({"a": tensor(shape=(2,))}, bytes(4)),
+        "'a' must have a dtype, a shape and the data_offsets of as many bytes",
+    ),
+    "shape of text": (packed({"a": tensor(shape="1")}, bytes(4)), "'a' must have a d"),
+    "shape of floats": (packed({"a": tensor(shape=[1.0])}, bytes(4)), "'a' must have"),
+    "shape too large": (packed({"a": tensor(0, 0, shape=[0, 2**64])}), "'a' must hav"),
+    "no tensor": (packed({"a": 3}), "'a' must have a dtype"),
+    "no offsets": (packed({"a": {"dtype": "F32", "shape": []}}), "'a' must have"),
+    "three offsets": (
+        packed({"a": {**tensor(), "data_offsets": [0, 2, 4]}}, bytes(4)),
+        "'a' must have a dtype",
+    ),
+    "unknown dtype": (packed({"a": tensor(dtype="F3")}, bytes(4)), "dtype 'F3', which"),
+    "metadata of numbers": (packed({"__metadata__": {"a": 1}}), "__metadata__ must"),
+    "name twice": (
+        packed(
+            b'{"a": %b, "a": %b}' % ((json.dumps(tensor()).encode(),) * 2), bytes(4)
+        ),
+        "a name occurs twice",
+    ),
+    "Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "is a pointer of Git LFS",
+    ),
+}
+
+
+@pytest.mark.parametrize("content, text", WRONG_FILES.values(), ids=WRONG_FILES)
+def test_broken_safetensors_is_refused(tmp_path, content, text):
+    path = tmp_path / "wrong.safetensors"
+    path.write_bytes(content)
+    assert_raises(ValueError, text, lambda: read_state_dict(path))
+    assert_raises(ValueError, str(path), lambda: read_state_dict(path))
+
+
+def test_infinite_and_nan_weights_are_read(tmp_path):
+    want = {"a": np.array([np.nan, np.inf, -np.inf], "float32")}
+    save_safetensors(tmp_path / "a.safetensors", want)
+    assert_same(read_state_dict(tmp_path / "a.safetensors"), want)
+
+
+# Names
+
+
+NAMES = {
+    "DDP": (["module.a", "module.b.c"], ["a", "b.c"]),
+    "twice": (["module.module.a"], ["a"]),
+    "compiled DDP": (["_orig_mod.module.a"], ["a"]),
+    "DDP of compiled": (["module._orig_mod.a", "module._orig_mod.b"], ["a", "b"]),
+    "compiled blocks": (["blocks.0._orig_mod.a", "b"], ["blocks.0.a", "b"]),
+    "compiled twice": (["a._orig_mod._orig_mod.b"], ["a.b"]),
+    "FSDP": (
+        ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b"],
+        ["a.b"],
+    ),
+    "AveragedModel": (["n_averaged", "module.a"], ["a"]),
+    "a model's own module": (["module.a", "b"], ["module.a", "b"]),
+    "a model's own n_averaged": (["n_averaged", "a"], ["n_averaged", "a"]),
+}
+
+
+@pytest.mark.parametrize("theirs, ours", NAMES.values(), ids=NAMES)
+def test_prefixes_of_wrappers_are_peeled(tmp_path, theirs, ours):
+    given = {name: np.full(2, n) for n, name in enumerate(reversed(theirs))}
+    save_safetensors(tmp_path / "a.safetensors", given)
+    state_dict = read_state_dict(tmp_path / "a.safetensors")
+    want = dict(zip(reversed(theirs), reversed(ours), strict=False))
+    assert set(state_dict) == set(ours)
+    for name, peeled in want.items():
+        np.testing.assert_array_equal(state_dict[peeled], given[name])
+    assert len(state_dict.notes) == (theirs != ours)
+
+
+def test_names_that_become_the_same_are_refused(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", arrays(["a", "_orig_mod.a"]))
+    assert_raises(
+        ValueError,
+        "'a' and '_orig_mod.a' are both 'a'",
+        lambda: read_state_dict(tmp_path / "a.safetensors"),
+    )
+
+
+# Folders
+
+
+def sharded(folder, files, index="model.safetensors.index.json", **weight_map):
+    """Writes files of arrays and an index that tells what they hold, then says more."""
+    for file, names in files.items():
+        save_safetensors(folder / file, arrays(names))
+    told = {name: file for file, names in files.items() for name in names}
+    content = {"metadata": {}, "weight_map": told | weight_map}
+    (folder / index).write_text(json.dumps(content))
+    return folder / index
+
+
+PARTS = {"m-00001-of-00002.safetensors": "ac", "m-00002-of-00002.safetensors": "b"}
+
+
+def test_sharded_safetensors_are_read_by_index_and_by_folder(tmp_path):
+    index = sharded(tmp_path, PARTS)
+    want = arrays("ac") | arrays("b")
+    assert_same(read_state_dict(index), want)
+    assert_same(read_state_dict(tmp_path), want)
+
+
+def test_parts_may_be_links_as_in_hugging_face_cache(tmp_path):
+    for folder in ("blobs", "snapshot"):
+        (tmp_path / folder).mkdir()
+    index = sharded(tmp_path / "snapshot", PARTS)
+    for number, file in enumerate(PARTS):
+        (tmp_path / "snapshot" / file).rename(tmp_path / "blobs" / str(number))
+        (tmp_path / "snapshot" / file).symlink_to(f"../blobs/{number}")
+    assert_same(read_state_dict(index), arrays("ac") | arrays("b"))
+
+
+OUTSIDE = "must name files of its own folder, got"
+WRONG_INDEXES = {
+    "above": (dict(b="../outside.safetensors"), ValueError, OUTSIDE),
+    "absolute": (dict(b="/etc/passwd"), ValueError, OUTSIDE),
+    "below": (dict(b="more/inside.safetensors"), ValueError, OUTSIDE),
+    "Windows path": (dict(b="..\\outside.safetensors"), ValueError, OUTSIDE),
+    "Windows drive": (dict(b="C:outside.safetensors"), ValueError, OUTSIDE),
+    "parent": (dict(b=".."), ValueError, OUTSIDE),
+    "nothing": (dict(b=""), ValueError, OUTSIDE),
+    "number": (dict(b=3), ValueError, OUTSIDE),
+    "list": (dict(b=["x"]), ValueError, OUTSIDE),
+    "missing part": (
+        dict(d="m-3.safetensors", e="m-4.safetensors"),
+        FileNotFoundError,
+        "names 4 files, of which 2 are missing: m-3.safetensors, m-4.safetensors.",
+    ),
+    "missing tensor": (
+        dict(d="m-00002-of-00002.safetensors"),
+        ValueError,
+        "must hold the tensors that model.safetensors.index.json says; it lacks d, "
+        "and has besides none.",
+    ),
+    "tensor in another part": (
+        dict(a="m-00002-of-00002.safetensors"),
+        ValueError,
+        "it lacks a, and has besides none.",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "weight_map, error, text", WRONG_INDEXES.values(), ids=WRONG_INDEXES
+)
+def test_wrong_index_is_refused(tmp_path, weight_map, error, text):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_safetensors(tmp_path / "outside.safetensors", arrays("b"))
+    index = sharded(folder, PARTS, **weight_map)
+    assert_raises(error, text, lambda: read_state_dict(index))
+
+
+def test_index_that_leaves_out_a_tensor_is_refused(tmp_path):
+    index = sharded(tmp_path, {"m-1.safetensors": "ac", "m-2.safetensors": "ab"})
+    assert_raises(
+        ValueError, "it lacks none, and has besides a.", lambda: read_state_dict(index)
+    )
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ("{", "must be JSON"),
+        ("[" * 100_000, "must be JSON"),
+        ("[]", "must have a weight_map of names to files"),
+        ('{"weight_map": {}}', "must have a weight_map of names to files"),
+        ('{"architectures": ["A"]}', "must have a weight_map of names to files"),
+    ],
+)
+def test_file_that_is_no_index_is_refused(tmp_path, content, text):
+    (tmp_path / "a.index.json").write_text(content)
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.index.json"))
+
+
+FOLDERS = {
+    "one of any name": (["x.safetensors", "notes.txt"], "x.safetensors"),
+    "Hugging Face's name": (
+        ["adapter_model.safetensors", "model.safetensors", "model.fp16.safetensors"],
+        "model.safetensors",
+    ),
+    "safetensors before pickles": (
+        ["x.safetensors", "pytorch_model.bin", "training_args.bin", "optimizer.pt"],
+        "x.safetensors",
+    ),
+    "index before another": (
+        ["model.safetensors.index.json", "consolidated.safetensors"],
+        "model.safetensors.index.json",
+    ),
+    "index of a variant": (
+        ["x.safetensors.index.fp16.json", "x.fp16-00001-of-00001.safetensors"],
+        "x.safetensors.index.fp16.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("files, chosen", FOLDERS.values(), ids=FOLDERS)
+def test_file_that_a_folder_is_read_from(tmp_path, files, chosen):
+    for file in files:
+        (tmp_path / file).touch()
+    assert_raises(ValueError, chosen, lambda: read_state_dict(tmp_path))  # it is empty
+    if chosen.endswith(".json"):
+        index = {"weight_map": {"a": "y-1-of-1.safetensors"}}
+        (tmp_path / chosen).write_text(json.dumps(index))
+        chosen = "y-1-of-1.safetensors"
+    save_safetensors(tmp_path / chosen, arrays("a"), overwrite=True)
+    assert_same(read_state_dict(tmp_path), arrays("a"))
+
+
+WRONG_FOLDERS = {
+    "nothing": ([], "got no files"),
+    "other things": (["train.py"], "must hold a .safetensors file, one of .pt"),
+    "two": (["a.safetensors", "b.safetensors"], "got a.safetensors, b.safetensors;"),
+    "whole and in parts": (
+        ["model.safetensors", "model.safetensors.index.json"],
+        "got model.safetensors.index.json, model.safetensors;",
+    ),
+    "part without index": (
+        ["model-00001-of-00002.safetensors"],
+        "must hold one checkpoint, or an .index.json of its parts, got model-00001-of-",
+    ),
+}
+
+
+@pytest.mark.parametrize("files, text", WRONG_FOLDERS.values(), ids=WRONG_FOLDERS)
+def test_folder_without_one_checkpoint_is_refused(tmp_path, files, text):
+    for file in files:
+        (tmp_path / file).touch()
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path))
+
+
+def test_config_beside_a_file_or_in_a_folder(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", ONES)
+    assert read_state_dict(tmp_path).config is None
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
+    for path in (tmp_path, tmp_path / "a.safetensors"):
+        assert read_state_dict(path).config == {"num_attention_heads": 3}
+
+
+@pytest.mark.parametrize("content", ["{", "[3]"])
+def test_broken_config_is_told_when_it_is_asked_for(tmp_path, content):
+    save_safetensors(tmp_path / "a.safetensors", ONES)
+    (tmp_path / "config.json").write_text(content)
+    state_dict = read_state_dict(tmp_path)
+    assert_raises(ValueError, "config.json' must be", lambda: state_dict.config)
+
+
+def test_paths_that_are_nothing_to_read(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    missing = tmp_path / "missing.safetensors"
+    for error, text, path in (
+        (FileNotFoundError, "path must be a file or folder, got", missing),
+        (ValueError, "got no files", tmp_path / "model.safetensors"),
+        (ValueError, "must be a folder or end in .safetensors, .index", "a.npz"),
+    ):
+        assert_raises(error, text, lambda path=path: read_state_dict(path))
+    save_safetensors(tmp_path / "a.safetensors", ONES)
+    assert_raises(
+        ValueError,
+        "wrapper must be a key of",
+        lambda: read_state_dict(tmp_path / "a.safetensors", wrapper="ema"),
+    )
