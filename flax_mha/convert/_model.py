@@ -20,7 +20,6 @@ def attention(
     *,
     attn_mask: Array | None = None,
     key_padding_mask: Array | None = None,
-    is_causal: bool = False,
 ) -> tuple[Array, Array]:
     """Returns the output, (batch, tgt, M), and weights, (batch, num_heads, tgt, src).
 
@@ -31,7 +30,6 @@ def attention(
         attn_mask: (tgt, src) or (batch * num_heads, tgt, src). Boolean: True may not
             attend. Float: added to the logits.
         key_padding_mask: (batch, src), likewise.
-        is_causal: Query i attends to keys 0 to i only.
     """
     batch, tgt_len, embed_dim = query.shape
     head_dim = embed_dim // num_heads
@@ -57,8 +55,6 @@ def attention(
             columns = slice(head * head_dim, (head + 1) * head_dim)
             logits = q[b, :, columns] @ k[b, :, columns].T / np.sqrt(head_dim)
             masked = logits[:, :src_len]
-            if is_causal:
-                masked += _additive(~np.tri(tgt_len, src_len, dtype=bool))
             if attn_mask is not None:
                 each = attn_mask.ndim == 3
                 masked += _additive(

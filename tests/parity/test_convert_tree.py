@@ -346,7 +346,7 @@ def test_number_of_heads_by_layer(num_heads):
     "config, wanted",
     [
         ({"num_attention_heads": 3}, {3}),
-        ({"n_head": 3, "hidden_size": 6}, {3}),
+        ({"n_head": 3, "hidden_size": 6, "vision_config": None}, {3}),
         (
             {
                 "text_config": {"num_attention_heads": 2},
@@ -700,6 +700,12 @@ WRONG = {
         ValueError,
         "rename must have regular expressions, got '(': missing ), unterminated "
         "subpattern at position 0.",
+    ),
+    "no_replacement": (
+        dict(state_dict=LINEAR, rename={"l": r"\9"}),
+        ValueError,
+        "rename must have replacements as re.sub takes them, got '\\\\9' for 'l': "
+        "invalid group reference 9 at position 1.",
     ),
     "kind_of_another_rank": (
         dict(state_dict=LINEAR, kinds={"l": "scale"}),
