@@ -221,6 +221,14 @@ class _StateDict(Mapping):
         self._entries = {key: entry for entry in entries for key in entry.keys}
         self._flat = flat
 
+    @property
+    def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `_arrays.specs` would otherwise make every tensor for."""
+        return {
+            key: jax.ShapeDtypeStruct(entry.torch_shape, self._flat[entry.path].dtype)
+            for key, entry in self._entries.items()
+        }
+
     def __getitem__(self, key: str) -> np.ndarray:
         entry = self._entries[key]
         return entry.tensor(self._flat[entry.path], key)
