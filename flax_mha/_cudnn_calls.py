@@ -1,9 +1,10 @@
 """cuDNN's fused attention as XLA calls it, forward and backward.
 
 JAX's public function has no way in to the backward pass: `jax.vjp` would run the
-forward pass again, for the log of the sums that `_dispatch` has kept. And it wants a
-GPU to be there while it is traced, where another machine may be compiled for. So this
-binds the primitives below it, which are private: `missing` says if this JAX has others.
+forward pass again, for the log of the sums that `_dispatch` has kept. And it wants
+devices while it is lowered, where another machine may be compiled for, to divide itself
+among them, which fails for many ways to divide. So this binds the primitives below it,
+for one device. They are private: `missing` says if this JAX has others.
 """
 
 import importlib
@@ -23,7 +24,7 @@ _OPERANDS = (
 _RESIDUALS = ("activation", "fwd_output", "grad_output")
 _SETTINGS = dict(scale=1.0, seed=0, dropout_rate=0.0, sliding_window_length=None)
 _CHOSEN = {"variadic_args", "mask_type", "layout"}
-_NEWER = {"score_mod", "score_mod_args"}  # than jax 0.10.2
+_NEWER = {"score_mod_name", "score_mod_jaxpr"}  # than jax 0.10.2: a function of logits
 
 
 def missing() -> str | None:
@@ -36,7 +37,8 @@ def missing() -> str | None:
         found = [(), ()]
     for names, (operands, settings) in zip(found, (forward, backward), strict=True):
         count = len(operands)
-        if names[:count] != operands or {*names[count:]} - _NEWER != settings:
+        others = {*names[count:]} - {"score_mod_args", *_NEWER}
+        if names[:count] != operands or others != settings:
             version = jax.__version__
             return f"jax {version} calls cuDNN in a way that flax_mha does not know"
     return None
@@ -93,8 +95,8 @@ def _fused() -> Any:
 
 
 def _parameters(name: str) -> tuple[str, ...]:
-    function = getattr(_fused(), f"_dot_product_attention_{name}_impl")
-    return tuple(inspect.signature(function).parameters)
+    lowering = getattr(_fused(), f"_dot_product_attention_{name}_cuda_lowering")
+    return tuple(inspect.signature(lowering).parameters)[1:]
 
 
 def _bind(
@@ -107,11 +109,10 @@ def _bind(
         kind = "PADDING_CAUSAL" if is_causal else "PADDING"
         q_lengths = jnp.full_like(lengths, query.shape[1])
     settings |= _SETTINGS
-    if "score_mod" in _parameters(name):
-        settings["score_mod"] = None
+    settings |= dict.fromkeys(_NEWER.intersection(_parameters(name)))
     optional = (bias, q_lengths, lengths, None, None, None, None)
     unused = jnp.zeros(0, query.dtype)
-    return getattr(fused, f"_dot_product_attention_{name}_p_wrapper").bind(
+    return getattr(fused, f"_dot_product_attention_{name}_p").bind(
         *(query, key, value),
         *(unused if x is None else x for x in optional),
         *residuals,

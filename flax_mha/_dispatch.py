@@ -150,7 +150,7 @@ def _plan(query, key, value, mask, dropout, weights, precision, implementation) 
 
 
 def _forward(plan: Plan, *args) -> tuple[OutHeads, Array, Array | None]:
-    """Returns out, lse in two terms (see `blockwise.forward`), and weights or None."""
+    """Returns out, lse, and weights or None."""
     choose = functools.partial(_choose_forward, plan)
     return at_lowering(choose, *args, label=plan)
 
@@ -169,37 +169,32 @@ def _choose_forward(plan: Plan, target: Target) -> Callable:
     def fused(*args):
         out, lse = KERNELS[name].forward(*args, precision=plan.precision)
         if plan.weights is None:
-            return out, _as_terms(lse), None
+            return out, lse, None
         # A second pass over the logits, of which XLA leaves nothing if it is not used.
         _, _, weights = plain(*args)
-        dead = lse == jnp.inf
+        dead = lse[..., :1] == jnp.inf
         out = jnp.where(dead.swapaxes(1, 2), jnp.nan, out)
-        return out, _as_terms(jnp.where(dead, -jnp.inf, lse)), weights
+        return out, jnp.where(dead, -jnp.inf, lse), weights
 
     return fused
 
 
-def _backward(plan: Plan, args, out, lse, d_out, d_weights):
-    choose = functools.partial(_choose_backward, plan)
+def _backward(plan: Plan, args, out, lse, d_out, d_weights, with_bias: bool):
+    choose = functools.partial(_choose_backward, plan, with_bias)
     return at_lowering(choose, args, out, lse, d_out, d_weights)
 
 
-def _choose_backward(plan: Plan, target: Target) -> Callable:
+def _choose_backward(plan: Plan, with_bias: bool, target: Target) -> Callable:
     name = plan.kernel(target)
 
     def gradients(args, out, lse, d_out, d_weights):
-        options = dict(precision=plan.precision)
+        options = dict(precision=plan.precision, with_bias=with_bias)
         if name == "blockwise" or d_weights is not None:
             options |= dict(d_weights=d_weights, whole=_is_whole(target))
             return KERNELS["blockwise"].backward(*args, out, lse, d_out, **options)
-        lse = jnp.sum(lse, axis=-1, keepdims=True)
         return KERNELS[name].backward(*args, out, lse, d_out, **options)
 
     return gradients
-
-
-def _as_terms(lse: Array) -> Array:
-    return jnp.concatenate([lse, jnp.zeros_like(lse)], axis=-1)
 
 
 def _is_whole(target: Target) -> bool:
@@ -215,22 +210,27 @@ def _attend(plan, *args):
 def _attend_fwd(plan, *perturbed):
     args = jax.tree.map(lambda primal: primal.value, perturbed)
     out, lse, weights = _forward(plan, *args)
-    return (out, weights), (args, out, lse)
+    _, _, _, mask, *_ = perturbed
+    with_bias = any(bias.perturbed for bias in mask.attn_bias)
+    # What JAX keeps are arrays, and the tree that they are in: () or None.
+    return (out, weights), (args, out, lse, () if with_bias else None)
 
 
 def _attend_bwd(plan, residuals, cotangents):
-    args, out, lse = residuals
+    args, out, lse, with_bias = residuals
     d_out, d_weights = cotangents
     if isinstance(d_out, SymbolicZero):
         d_out = jnp.zeros(out.shape, out.dtype)
     if isinstance(d_weights, SymbolicZero):
         d_weights = None
-    *gradients, d_bias, d_scale = _backward(plan, args, out, lse, d_out, d_weights)
+    *gradients, d_bias, d_scale = _backward(
+        plan, args, out, lse, d_out, d_weights, with_bias=with_bias is not None
+    )
     d_mask = dataclasses.replace(
         args[3],
         allowed=(None,) * len(args[3].allowed),
         blocked=(None,) * len(args[3].blocked),
-        attn_bias=d_bias,
+        attn_bias=d_bias or (None,) * len(args[3].attn_bias),
     )
     return *gradients, d_mask, d_scale, None
 

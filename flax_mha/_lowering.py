@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import dispatch  # for one set that has no public name
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -132,10 +131,6 @@ def _is_partitioned(axis_context: Any) -> bool:
         return mesh.size > 1 and manual != frozenset(mesh.axis_names)
     return False
 
-
-# JAX's cuDNN divides itself over devices (`custom_partitioning`), and asks for them
-# while it is lowered. JAX must know before, when it sees only this primitive.
-dispatch.prim_requires_devices_during_lowering.add(_chosen)
 
 for _platform in PLATFORMS:
     mlir.register_lowering(

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from flax_mha import MultiheadAttention
+from flax_mha._dispatch import dot_product_attention
+from flax_mha._masks import Mask
 from tests.test_cudnn import BATCH, MASKS, both_passes, inputs
 
 pytestmark = pytest.mark.cuda_compiler
@@ -105,32 +107,36 @@ def test_memory_is_linear_in_the_length(h100, mask_name):
     assert sizes[1] < BATCH * length**2  # half of one head's logits
 
 
-@pytest.mark.parametrize(
-    "mask_name", ["padding", "causal-padding", "per_head", "float"]
-)
-def test_devices_share_the_batch_without_communication(h100, mask_name):
-    """Even if the masks are on all the devices."""
+def test_each_device_computes_its_part_inside_shard_map(h100):
     mesh = jax.sharding.Mesh(np.array(h100[:BATCH]), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
 
-    def sharding(x):
-        split = x.ndim == 4 and x.shape[3] == 64
-        spec = jax.sharding.PartitionSpec(*["data"] * split)
-        return jax.sharding.NamedSharding(mesh, spec)
+    def step(*args):
+        def part(query, key, value):
+            out, _ = dot_product_attention(query, key, value, Mask(), scale=0.1)
+            return out
 
-    def without_sums(*args):
-        out, lse, gradients = both_passes(*args)
-        return out, lse, gradients[:3]
+        mapped = jax.shard_map(part, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+        return jax.grad(lambda *args: jnp.sum(mapped(*args).astype("float32")))(*args)
 
-    args = shapes(mask_name, 512, 384, 64, "bfloat16")
-    hlo = compiled(without_sums, args, jax.tree.map(sharding, args)).as_text()
+    args = shapes("none", 512, 384, 64, "bfloat16")[:3]
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    hlo = compiled(step, args, sharding).as_text()
+    assert calls_of_cudnn(hlo) == ["Softmax", "SoftmaxBackward"]
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", hlo)
-    for line in hlo.splitlines():
-        if "__cudnn$fmha" in line:
-            operands = line.partition("custom-call(")[2].partition("backend_config")[0]
-            large = re.findall(rf"\[{BATCH},\d+,\d+,\d+\]", operands)
-            assert not large, operands
-            if mask_name == "padding":
-                assert "s32[1]" in operands
+
+
+def test_blockwise_runs_where_xla_divides_the_program(h100):
+    mesh = jax.sharding.Mesh(np.array(h100), ("data",))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((4, 512, 2, 64), jnp.bfloat16)
+
+    def attend(*args):  # cross-attention to what all devices have
+        return dot_product_attention(*args, Mask(), scale=0.1)[0]
+
+    hlo = compiled(attend, (x, x, x), (divided, whole, whole)).as_text()
+    assert calls_of_cudnn(hlo) == []
 
 
 OPTIONS = {

@@ -46,7 +46,13 @@ def logits_of_cudnn(query, key, bias, lengths, is_causal):
 def run_forward(query, key, value, bias, lengths, *, is_causal):
     logits = logits_of_cudnn(query, key, bias, lengths, is_causal)
     out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value.astype("float32"))
+    # Where there is nothing to read, there may be anything.
+    out = jnp.where(nothing_to_read(lengths), jnp.nan, out)
     return [out.astype(query.dtype), jax.nn.logsumexp(logits, axis=-1)]
+
+
+def nothing_to_read(lengths):
+    return False if lengths is None else (lengths == 0)[:, None, None, None]
 
 
 def run_backward(
@@ -55,6 +61,8 @@ def run_backward(
     logits = logits_of_cudnn(query, key, bias, lengths, is_causal)
     q, k, v, o, d_o = (x.astype("float32") for x in (query, key, value, out, d_out))
     probs = jnp.exp(logits - lse[..., None])
+    wrong = nothing_to_read(lengths) | ~jnp.isfinite(lse)[..., None]
+    probs = jnp.where(wrong, jnp.nan, probs)
     delta = jnp.sum(o * d_o, axis=-1).swapaxes(1, 2)[..., None]
     d_logits = probs * (jnp.einsum("bqhd,bkhd->bhqk", d_o, v) - delta)
     gradients = [
@@ -77,7 +85,8 @@ def given(monkeypatch):
     """Puts the stand-in in place. Returns a list of what its forward pass is given."""
     calls = []
 
-    def bind(name, operands, *, is_causal, with_bias=False, is_training=True):
+    def bind(name, operands, *, is_causal, with_bias=False, is_training=False):
+        assert is_training == (name == "fwd")
         if name == "bwd":
             return run_backward(*operands, is_causal=is_causal, with_bias=with_bias)
         query, _, _, bias, lengths = operands
@@ -101,6 +110,15 @@ def holes(rng, tgt, src):
 def boolean(rng, tgt, src):
     """The first query is allowed nothing."""
     return (rng.random((1, 1, tgt, src)) < 0.3) | (np.arange(tgt) == 0)[:, None]
+
+
+LOWEST = float(np.finfo(np.float16).min)  # finite in each dtype
+
+
+def huge_row(rng, tgt, src):
+    """Of the first query, all is hugely negative."""
+    row = np.full((1, 1, tgt, src), LOWEST)
+    return np.where((np.arange(tgt) == 0)[:, None], row, additive(rng, row.shape))
 
 
 def additive(rng, shape):
@@ -128,6 +146,13 @@ MASKS = {
         blocked=(boolean(*a), padding(*a)), open_columns=1
     ),
     "float": lambda rng, tgt, src: Mask(attn_bias=(additive(rng, (1, 1, tgt, src)),)),
+    "float-row-huge": lambda rng, tgt, src: Mask(
+        blocked=(padding(rng, tgt, src),),
+        attn_bias=(huge_row(rng, tgt, src),),
+    ),
+    "float-padding-huge": lambda rng, tgt, src: Mask(
+        attn_bias=(np.where(padding(rng, tgt, src), LOWEST, 0.0),)
+    ),
     "per_head": lambda rng, tgt, src: Mask(
         blocked=(padding(rng, tgt, src),),
         attn_bias=(additive(rng, (BATCH, HEADS, tgt, src)),),
@@ -160,9 +185,9 @@ def inputs(mask_name, tgt, src, head_dim, dtype):
     return query, key, value, mask.map(rounded), jnp.float32(0.25), d_out
 
 
-def expected(query, key, value, mask, scale, d_out):
-    """Returns the definition's result and gradients, in float64."""
-    wide = lambda x: x if x.dtype == bool else x.astype("float64")  # noqa: E731
+def expected(query, key, value, mask, scale, d_out, dtype="float64"):
+    """Returns the definition's result and gradients, computed in this dtype."""
+    wide = lambda x: x if x.dtype == bool else x.astype(dtype)  # noqa: E731
     query, key, value, scale, d_out = map(wide, (query, key, value, scale, d_out))
 
     def attend(query, key, value, attn_bias, scale):
@@ -240,9 +265,9 @@ def test_lse_is_the_log_of_each_rows_sum(mask_name):
     if mask_of_all is not None:
         logits = logits + mask_of_all
     _, lse = cudnn.forward(query, key, value, mask, scale, None)
-    sums = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    sums = jax.nn.logsumexp(logits, axis=-1)
     np.testing.assert_allclose(
-        lse, jnp.where(sums == -jnp.inf, jnp.inf, sums), rtol=1e-5
+        jnp.sum(lse, axis=-1), jnp.where(sums == -jnp.inf, jnp.inf, sums), rtol=1e-5
     )
 
 
@@ -369,16 +394,46 @@ def test_large_masks_are_left_to_others(shapes, head_dim, reason):
     assert cudnn.unwise(query, key, value, mask) == reason
 
 
-@pytest.mark.parametrize(
-    "mask_name, divisible",
-    [
-        *(("none", True), ("causal-padding", True), ("float-padding", True)),
-        *(("bool", True), ("per_head", True), ("float", False)),
-    ],
-)
-def test_a_shared_float_mask_is_not_divided(mask_name, divisible):
-    query, key, value, mask, *_ = inputs(mask_name, 8, 12, 64, "bfloat16")
-    assert (cudnn.indivisible(query, key, value, mask) is None) == divisible
+@pytest.mark.parametrize("mask_value", [-1e9, float(np.finfo("float32").min)])
+@pytest.mark.parametrize("mask_name", ["float-row-huge", "float-padding-huge"])
+@pytest.mark.usefixtures("given")
+def test_gradients_under_masks_that_leave_nothing_of_the_logs(mask_name, mask_value):
+    args = inputs(mask_name, 9, 13, 8, "float32")
+    huge = args[3].map(
+        lambda x: x if x.dtype == bool else jnp.where(x == LOWEST, mask_value, x)
+    )
+    args = (*args[:3], huge, *args[4:])
+    out, _, gradients = results(*args)
+    # In float64, something would be left of the logits beside -1e9.
+    in_float32 = expected(*args, dtype="float32")
+    assert_close((out, gradients), in_float32, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mask_name", ["holes", "causal-padding", "bool"])
+@pytest.mark.usefixtures("given")
+def test_blocked_keys_get_nothing_however_large_their_logits(mask_name, dtype):
+    query, key, value, mask, scale, d_out = inputs(mask_name, 9, 12, 8, dtype)
+    query, key = jnp.abs(query) * 30, jnp.abs(key) * 30
+    args = (query, key, value, mask, scale, d_out)
+    out, _, _ = results(*args)
+    assert_close(out, expected(*args)[0], TOLERANCE[dtype])
+
+
+def test_the_gradient_of_a_mask_is_not_computed_for_nobody(monkeypatch):
+    wanted = []
+
+    def bind(name, operands, *, is_causal, with_bias=False, is_training=False):
+        wanted.append(with_bias)
+        run = run_forward if is_training else run_backward
+        options = {} if is_training else dict(with_bias=with_bias)
+        return run(*operands, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(_cudnn_calls, "_bind", bind)
+    *args, d_out = inputs("float", 9, 12, 8, "float32")
+    out, lse = cudnn.forward(*args, None)
+    *_, d_bias, _ = cudnn.backward(*args, None, out, lse, d_out, with_bias=False)
+    assert d_bias == () and wanted == [False, False]
 
 
 def test_this_jax_calls_cudnn_as_expected():
@@ -394,10 +449,16 @@ def test_missing_says_why(monkeypatch):
         assert cudnn.missing() == (
             "Tesla T4 is older than cuDNN's fused attention (Ampere)"
         )
+    amd = types.SimpleNamespace(platform="gpu", compute_capability="gfx942")
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: [amd])
+        assert cudnn.missing() is None
     fused = _cudnn_calls._fused()
     unknown = f"jax {jax.__version__} calls cuDNN in a way that flax_mha does not know"
     for change in ("setattr", "delattr"):
         with monkeypatch.context() as patch:
-            new = [lambda query: None] if change == "setattr" else []
-            getattr(patch, change)(fused, "_dot_product_attention_bwd_impl", *new)
+            new = [lambda ctx, query: None] if change == "setattr" else []
+            getattr(patch, change)(
+                fused, "_dot_product_attention_bwd_cuda_lowering", *new
+            )
             assert cudnn.missing() == unknown

@@ -59,16 +59,38 @@ def test_a_program_for_a_tpu_is_lowered_here_with_splash():
         assert "tpu_custom_call" in exported(q, q, q).mlir_module()
 
 
-@pytest.mark.parametrize("mask", [Mask(), Mask(is_causal=True)], ids=["none", "causal"])
-def test_a_program_for_an_nvidia_gpu_is_lowered_here_with_cudnn(mask):
-    q = jax.ShapeDtypeStruct((4, 127, 8, 60), jnp.bfloat16)
+@pytest.mark.parametrize(
+    "length, is_causal, expected",
+    [
+        (128, False, "NO_MASK"),
+        (128, True, "CAUSAL"),
+        (127, False, "PADDING"),
+        (127, True, "PADDING_CAUSAL"),
+    ],
+)
+def test_a_program_for_an_nvidia_gpu_is_lowered_here_with_cudnn(
+    length, is_causal, expected
+):
+    q = jax.ShapeDtypeStruct((4, length, 8, 60), jnp.bfloat16)
+    mask = Mask(is_causal=is_causal)
     step = jax.grad(lambda *args: jnp.sum(attend(*args, mask).astype("float32")))
     lowered = jax.jit(step).trace(q, q, q).lower(lowering_platforms=("cuda",))
-    targets = re.findall(r"__cudnn\$fmha\w+", lowered.as_text())
-    assert sorted(targets) == [
-        "__cudnn$fmhaSoftmax",
-        "__cudnn$fmhaSoftmaxBackward",
-    ]
+    calls = [line for line in lowered.as_text().splitlines() if "__cudnn$" in line]
+    targets = [re.search(r"__cudnn\$fmha\w+", line)[0] for line in calls]
+    assert targets == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    masks = [re.search(r"mask_type\\22: \\22(\w+)", line)[1] for line in calls]
+    assert masks == [expected] * 2
+    assert [line.count("tensor<4xi32>") for line in calls] == [2 * (length % 2)] * 2
+
+
+def test_a_program_for_a_mesh_without_devices_can_be_lowered():
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    sharding = NamedSharding(mesh, P("data"))
+    q = jax.ShapeDtypeStruct((4, 128, 8, 64), jnp.bfloat16, sharding=sharding)
+    for platform in ("cpu", "cuda", "tpu"):
+        traced = jax.jit(attend).trace(q, q, q)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "custom_call @__cudnn" not in text
 
 
 def test_attention_can_be_exported_for_several_platforms():
@@ -227,14 +249,11 @@ def test_explain_sees_into_gradients_and_small_logits():
 
 
 def test_explain_knows_when_a_program_is_divided():
-    bias = jnp.zeros((1, 1, 16, 16), jnp.bfloat16)
-    args = arrays(dtype="bfloat16")
-    (plain,) = flax_mha.explain(attend, *args)
-    (biased,) = flax_mha.explain(attend, *args, Mask(attn_bias=(bias,)))
-    assert plain.kernels["cuda"] == plain.kernels["cuda, divided by XLA"] == "cudnn"
-    assert biased.kernels["cuda"] == "cudnn"
-    assert biased.reasons["cuda, divided by XLA"] == {
-        "cudnn": "JAX does not sum the gradient of a shared float mask over devices"
+    (call,) = flax_mha.explain(attend, *arrays(dtype="bfloat16"))
+    assert call.kernels["cuda"] == "cudnn"
+    assert call.kernels["cuda, divided by XLA"] == "blockwise"
+    assert call.reasons["cuda, divided by XLA"] == {
+        "cudnn": "JAX divides it only in some ways; call it inside jax.shard_map"
     }
 
 

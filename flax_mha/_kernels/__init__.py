@@ -13,15 +13,16 @@ indivisible(query, key, value, mask) -> str | None
     Why XLA cannot divide this call among devices.
 forward(query, key, value, mask, scale, dropout, *, precision) -> (out, lse)
     Arrays are (batch, length, heads, dim), and lse, the log of each row's sum of
-    exponentials, (batch, heads, tgt, 1) in the dtype of `accumulation_dtype`. A query
-    allowed nothing gets 0, and an lse of infinity.
-backward(query, key, value, mask, scale, dropout, out, lse, d_out, *, precision)
-        -> (d_query, d_key, d_value, d_bias, d_scale)
-    `d_bias` has one array for each of `mask.attn_bias`.
+    exponentials, (batch, heads, tgt, 2) in the dtype of `accumulation_dtype`: two terms
+    to add, for beside a mask of -1e9 over a whole row nothing would be left of the
+    other. A query allowed nothing gets 0, and infinity for the first term.
+backward(query, key, value, mask, scale, dropout, out, lse, d_out, *, precision,
+        with_bias) -> (d_query, d_key, d_value, d_bias, d_scale)
+    `d_bias` has one array for each of `mask.attn_bias`, or none if not `with_bias`.
 
-`_dispatch` makes them differentiable. `blockwise` also returns the attention weights,
-and lse in two terms. `reference` is the definition, which all others are tested
-against; JAX differentiates it.
+`_dispatch` makes them differentiable. `blockwise` also returns the attention
+weights. `reference` is the definition, which all others are tested against; JAX
+differentiates it.
 
 To add a kernel: write its module, add it here and in the tables of `_dispatch`.
 """

@@ -51,6 +51,7 @@ class _Options(NamedTuple):
     weights: str | None
     precision: Precision
     whole: bool
+    with_bias: bool = False
 
 
 class _Running(NamedTuple):
@@ -75,9 +76,6 @@ def forward(
     whole: bool = False,
 ) -> tuple[OutHeads, Array, Weights | MeanWeights | None]:
     """As that of all kernels (see `_kernels`), and returns weights or None.
-
-    The last axis of lse has two terms, the maximum and the log of the sum: added up, a
-    mask of -1e9 over a whole row would leave nothing of the second.
 
     Args:
         weights: Those of all "heads" or their "mean", from the same pass. A query
@@ -177,6 +175,7 @@ def backward(
     d_out: OutHeads,
     *,
     precision: Precision = None,
+    with_bias: bool = True,
     d_weights: Weights | MeanWeights | None = None,
     whole: bool = False,
 ) -> tuple[QueryHeads, KeyHeads, ValueHeads, tuple[MaskArray, ...], Array]:
@@ -184,12 +183,15 @@ def backward(
     weights = None if d_weights is None else "heads"
     if d_weights is not None and d_weights.ndim == 3:
         d_weights = d_weights[:, None] / query.shape[2]
-    options = _Options(weights, precision, whole)
+    options = _Options(weights, precision, whole, with_bias and bool(mask.attn_bias))
     args = (query, key, value, mask, scale, dropout, d_out, d_weights)
     blocks = _blocks(options, *args)
     gradients = jax.tree.map(
         functools.partial(jnp.zeros_like, dtype=scale.dtype),
-        (query, _keys_last(key), _keys_last(value), mask.attn_bias),
+        (
+            *(query, _keys_last(key), _keys_last(value)),
+            mask.attn_bias if with_bias else (),
+        ),
     )
 
     def one_block(gradients, n):
@@ -210,7 +212,7 @@ def backward(
         (d_query * scale).astype(query.dtype),
         _keys_first(d_key * scale).astype(key.dtype),
         _keys_first(d_value).astype(value.dtype),
-        tuple(d.astype(b.dtype) for d, b in zip(d_bias, mask.attn_bias, strict=True)),
+        tuple(d.astype(b.dtype) for d, b in zip(d_bias, mask.attn_bias, strict=False)),
         jnp.sum(d_query * query.astype(scale.dtype)),
     )
 
@@ -273,7 +275,7 @@ def _pull_back(
             # result is the other way round.
             _product(options, "bhqd,bhqk->bhdk", rows.q, d_logits),
             _product(options, "bhqd,bhqk->bhdk", rows.d_out, dropped),
-            d_logits if blocks.mask.attn_bias else None,
+            d_logits if options.with_bias else None,
         )
 
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
@@ -281,7 +283,7 @@ def _pull_back(
         mask, corner, column, columns, compute, nothing
     )
     d_query, d_key, d_value, d_bias = carry
-    if mask.attn_bias:  # which does not cover the extra columns
+    if options.with_bias:  # which does not cover the extra columns
         d_logits = d_logits[..., : mask.attn_bias[0].shape[3]]
         d_bias = tuple(blocks.add(d, d_logits, corner, column) for d in d_bias)
     return (

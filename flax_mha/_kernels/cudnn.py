@@ -3,8 +3,6 @@
 Memory is O(tgt + src) per head, but for masks that differ from query to query: these
 become one bias, (#batch, #heads, tgt, src). cuDNN sums in float32. The scale is folded
 into the queries, which rounds them once more; so is the sum of two float masks.
-If a float mask is below -1e6 or so for all the keys of a query, float32 loses the rest
-of the log of its sum, and its gradients are too large.
 
 cuDNN's own masks say less than ours, so the call is rewritten first:
 
@@ -12,6 +10,9 @@ cuDNN's own masks say less than ours, so the call is rewritten first:
   many they are. It skips the others.
 - Other masks that are the same for all queries are written into one more element of
   each key, and a 1 into the queries. Their gradient comes back in that element.
+- What float masks add to all of a row is taken off, which changes no probability: the
+  log of the row's sum would be rounded by it. Where it is so large that it leaves
+  nothing of the logits, as in the definition, the log is that of how many keys tie.
 - Causal with open columns: these come first, and as many queries are put in front, so
   that cuDNN's causal mask leaves the columns open to all the others.
 - Zeros make odd lengths even, and head_dim a multiple of 8.
@@ -20,7 +21,8 @@ cuDNN's own masks say less than ours, so the call is rewritten first:
 import dataclasses
 import functools
 import math
-from typing import Self
+import re
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,6 @@ from flax_mha._typing import (
     Array,
     DType,
     KeyHeads,
-    MaskArray,
     OutHeads,
     Precision,
     QueryHeads,
@@ -43,12 +44,16 @@ from flax_mha._typing import (
 )
 
 _MAX_WIDTH = 128  # of a head; only Hopper and later take more
-_LARGE = 1e30  # as the log of a row's sum: makes all its probabilities 0, as inf does
+_HUGE = -(2.0**29)  # leaves nothing of a logit below 32, added to it in float32
 
 
 def missing() -> str | None:
     for device in jax.local_devices():
-        if device.platform == "gpu" and float(device.compute_capability) < 8:
+        # AMD's GPUs have other texts for it.
+        capability = re.fullmatch(
+            r"(\d+)\.\d+", getattr(device, "compute_capability", "")
+        )
+        if capability and int(capability[1]) < 8:
             return (
                 f"{device.device_kind} is older than cuDNN's fused attention (Ampere)"
             )
@@ -88,24 +93,24 @@ def unsupported(
 def unwise(
     query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
 ) -> str | None:
-    bias = _bias_shape(query, key, mask)
-    if bias and math.prod(bias) > max(x.size for x in jax.tree.leaves(mask)):
-        return f"its masks would become one of {bias}, larger than each"
-    batch, _, num_heads, _ = query.shape
-    if bias[:2] == (batch, num_heads) != (1, 1):
-        return f"its masks would be copied, {bias}, as large as all the logits"
+    _, bias = _split_mask(mask, key.shape[3])
+    shapes = [x.shape for x in jax.tree.leaves(bias)]
+    if not shapes or _is_boolean_padding(mask):
+        return None
+    batch, tgt_len, num_heads, _ = query.shape
+    covered = (1, 1, tgt_len, key.shape[1] - mask.open_columns)
+    shape = np.broadcast_shapes(covered, *shapes)
+    if math.prod(shape) > max(x.size for x in jax.tree.leaves(mask)):
+        return f"its masks would become one of {shape}, larger than each"
+    if shape[:2] == (batch, num_heads) != (1, 1):
+        return f"its masks would be copied, {shape}, as large as all the logits"
     return None
 
 
 def indivisible(
     query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
 ) -> str | None:
-    batch, _, num_heads, head_dim = query.shape
-    if all(_fits_into_keys(x, head_dim) for x in mask.attn_bias):
-        return None
-    if _bias_shape(query, key, mask)[:2] == (batch, num_heads):
-        return None
-    return "JAX does not sum the gradient of a shared float mask over devices"
+    return "JAX divides it only in some ways; call it inside jax.shard_map"
 
 
 def forward(
@@ -118,22 +123,21 @@ def forward(
     *,
     precision: Precision = None,
 ) -> tuple[OutHeads, Array]:
-    """Returns out, and the log of each row's sum, (batch, heads, tgt, 1) float32.
-
-    A query allowed nothing gives 0 and inf.
-    """
+    """As that of all kernels; see `_kernels`."""
     del dropout, precision
     layout = _Layout.of(query, key, mask)
     arguments = layout.arguments(query, key, value, mask, scale)
     out, lse = _cudnn_calls.forward(*arguments, is_causal=mask.is_causal)
     out = layout.rows_back(out, axis=1)[..., : query.shape[3]]
     lse = layout.rows_back(lse[..., None], axis=2)
-    additive = mask.additive(query.shape[1], key.shape[1], jnp.float32)
-    if additive is None or not _can_block_all(mask):
-        return out, lse
-    # What cuDNN is given is finite: there it returns the mean of the values.
-    alive = jnp.max(additive, axis=-1, keepdims=True) != -jnp.inf
-    return jnp.where(alive.swapaxes(1, 2), out, 0), jnp.where(alive, lse, jnp.inf)
+    rows = _Rows.of(mask, query.shape[1], key.shape[1], query.dtype)
+    if rows is None:
+        return out, jnp.concatenate([jnp.zeros_like(lse), lse], axis=-1)
+    # What cuDNN is given is finite: a dead row gets the mean of the values there.
+    out = jnp.where(rows.is_dead.swapaxes(1, 2), 0, out)
+    first = jnp.where(rows.is_dead, jnp.inf, rows.largest)
+    second = jnp.where(rows.is_huge, rows.log_ties, lse)
+    return out, jnp.concatenate([jnp.broadcast_to(first, lse.shape), second], axis=-1)
 
 
 def backward(
@@ -148,29 +152,34 @@ def backward(
     d_out: OutHeads,
     *,
     precision: Precision = None,
+    with_bias: bool = True,
 ) -> tuple[QueryHeads, KeyHeads, ValueHeads, tuple[Array, ...], Array]:
-    """Returns the gradients of query, key, value, `mask.attn_bias`, and scale."""
+    """As that of all kernels; see `_kernels`."""
     del dropout, precision
     layout = _Layout.of(query, key, mask)
-    if _can_block_all(mask):
-        d_out = jnp.where(lse.swapaxes(1, 2) == jnp.inf, 0, d_out)
-        lse = jnp.minimum(lse, _LARGE)  # inf - inf is NaN
-    lse = layout.rows(lse, axis=2, fill=_LARGE)[..., 0]
-    in_keys = functools.partial(_fits_into_keys, head_dim=layout.head_dim)
-    with_bias = not all(map(in_keys, mask.attn_bias))
+    first, second = lse[..., :1], lse[..., 1:]
+    is_huge = first < _HUGE
+    lse = jnp.where(is_huge, _finite(first, query.dtype).astype(lse.dtype), second)
+    # As the log of a row's sum, this makes all its probabilities 0.
+    lse = layout.rows(jnp.where(first == jnp.inf, 1e30, lse), axis=2)[..., 0]
+    # Of a huge row all probabilities come out as 1.
+    ties = jnp.where(is_huge, jnp.exp(second), 1).swapaxes(1, 2)
+    d_out = (d_out.astype(jnp.float32) / ties).astype(d_out.dtype)
+    in_keys, bias = _split_mask(mask, layout.head_dim)
+    with_bias_array = with_bias and bool(bias.attn_bias)
     d_query, d_key, d_value, *d_bias = _cudnn_calls.backward(
         *layout.arguments(query, key, value, mask, scale),
         *(lse, layout.queries(out), layout.queries(d_out)),
         is_causal=mask.is_causal,
-        with_bias=with_bias,
+        with_bias=with_bias_array,
     )
 
-    def d_mask(bias):
-        if in_keys(bias):
+    def d_mask(x):
+        if any(x is other for other in in_keys.attn_bias):
             d_all = d_key[..., layout.head_dim].swapaxes(1, 2)[:, :, None]
         else:
             d_all = layout.rows_back(d_bias[0], axis=2)
-        return _sum_like(bias, layout.columns_back(d_all))
+        return _sum_like(x, layout.columns_back(d_all))
 
     d_query = layout.rows_back(d_query, axis=1)[..., : layout.head_dim]
     d_query = d_query.astype(jnp.float32)
@@ -178,32 +187,38 @@ def backward(
         (d_query * scale).astype(query.dtype),
         layout.keys_back(d_key),
         layout.keys_back(d_value),
-        tuple(map(d_mask, mask.attn_bias)),
+        tuple(map(d_mask, mask.attn_bias)) if with_bias else (),
         jnp.sum(d_query * query.astype(jnp.float32)),
     )
 
 
-def _bias_shape(query: QueryHeads, key: KeyHeads, mask: Mask) -> tuple[int, ...]:
-    """Returns the shape of all masks that do not fit into the keys, or ()."""
-    if _is_boolean_padding(mask):
-        return ()
-    masks = jax.tree.leaves(mask)
-    shapes = [x.shape for x in masks if not _fits_into_keys(x, query.shape[3])]
-    if not shapes:
-        return ()
-    covered = (1, 1, query.shape[1], key.shape[1] - mask.open_columns)
-    return np.broadcast_shapes(covered, *shapes)
+class _Rows(NamedTuple):
+    """What masks do to whole rows; each is (#batch, #heads, #tgt, 1)."""
+
+    largest: Array  # number that is added to a logit, float32
+    is_dead: Array  # nothing is allowed
+    is_huge: Array  # nothing is left of any logit
+    log_ties: Array  # of how many keys have the largest number, of a huge row
+
+    @classmethod
+    def of(cls, mask: Mask, tgt_len: int, src_len: int, dtype: DType) -> Self | None:
+        """Returns None if the masks cannot do any of that, as far as shapes say."""
+        if mask.open_columns or not jax.tree.leaves(mask):
+            return None
+        additive = mask.additive(tgt_len, src_len, jnp.float32)
+        assert additive is not None  # as there are masks
+        largest = jnp.max(additive, axis=-1, keepdims=True)
+        is_dead = largest == -jnp.inf
+        is_huge = (largest < _HUGE) & ~is_dead
+        is_tie = _finite(additive, dtype) == _finite(largest, dtype)
+        log_ties = jnp.log(jnp.sum(is_tie, axis=-1, keepdims=True, dtype=jnp.float32))
+        return cls(jnp.where(is_dead, 0, largest), is_dead, is_huge, log_ties)
 
 
 def _is_boolean_padding(mask: Mask) -> bool:
     masks = jax.tree.leaves(mask)
     is_all = not mask.attn_bias and not mask.is_causal
     return bool(masks) and is_all and all(x.shape[1:3] == (1, 1) for x in masks)
-
-
-def _can_block_all(mask: Mask) -> bool:
-    """Whether a query may be allowed nothing, as far as shapes say."""
-    return not mask.open_columns and bool(jax.tree.leaves(mask))
 
 
 def _sum_like(like: Array, x: Array) -> Array:
@@ -234,7 +249,8 @@ class _Layout:
         layout = cls(*lengths, head_dim, _round_up(head_dim, 8), first, None, None)
         if _is_boolean_padding(mask):
             return layout._moved(mask, batch)
-        if any(_fits_into_keys(x, head_dim) for x in jax.tree.leaves(mask)):
+        in_keys, _ = _split_mask(mask, head_dim)
+        if jax.tree.leaves(in_keys):
             return dataclasses.replace(layout, width=_round_up(head_dim + 1, 8))
         return layout
 
@@ -266,29 +282,32 @@ class _Layout:
         if self.is_open is not None:
             # A sequence of nothing but padding keeps one key; its rows are not used.
             lengths = jnp.maximum(jnp.sum(self.is_open, axis=1, dtype=jnp.int32), 1)
-            return query, key, value, None, _split_as(query[:, 0, 0, 0], lengths)
+            return query, key, value, None, lengths
         lengths = None
         if self.src_len % 2:
             lengths = jnp.full(key.shape[:1], self.src_len, jnp.int32)
         in_keys, bias = _split_mask(mask, self.head_dim)
         in_keys = in_keys.additive(1, self.covered, jnp.float32)
+        bias = bias.additive(self.tgt_len, self.covered, jnp.float32)
+        rows = _Rows.of(mask, self.tgt_len, self.src_len, dtype)
+        if rows is not None and mask.attn_bias:
+            shift = jnp.where(rows.is_huge, 0, rows.largest)
+            if bias is not None:  # above 0 is only what another mask forbids
+                bias = jnp.minimum(bias - shift, 0)
+            elif in_keys is not None:
+                in_keys = in_keys - shift
         if in_keys is not None:
             element = jnp.arange(self.width).reshape(1, 1, 1, -1) == self.head_dim
             in_keys = self.columns(_finite(in_keys, dtype)).transpose(0, 3, 1, 2)
             query, key = jnp.where(element, 1, query), jnp.where(element, in_keys, key)
-        bias = bias.additive(self.tgt_len, self.covered, jnp.float32)
         if bias is not None:
             shape = (*bias.shape[:2], self.tgt_len, self.covered)
             bias = jnp.broadcast_to(_finite(bias, dtype), shape)
             bias = self.columns(self.rows(bias, axis=2))
-        if bias is not None and bias.shape[:2] != (1, 1):
-            likewise = query[: bias.shape[0], :1, : bias.shape[1], :1].swapaxes(1, 2)
-            bias = _split_as(likewise, bias)
         return query, key, value, bias, lengths
 
-    def rows(self, x: Array, axis: int, fill: float = 0) -> Array:
-        size = _round_up(self.first + self.tgt_len, 2)
-        return _pad(x, axis, self.first, size, fill)
+    def rows(self, x: Array, axis: int) -> Array:
+        return _pad(x, axis, self.first, _round_up(self.first + self.tgt_len, 2))
 
     def rows_back(self, x: Array, axis: int) -> Array:
         return lax.slice_in_dim(x, self.first, self.first + self.tgt_len, axis=axis)
@@ -318,18 +337,22 @@ class _Layout:
         return lax.slice_in_dim(x, self.first, self.first + self.covered, axis=3)
 
 
-def _fits_into_keys(mask: MaskArray, head_dim: int) -> bool:
-    return is_padding(mask) and head_dim < _MAX_WIDTH
-
-
 def _split_mask(mask: Mask, head_dim: int) -> tuple[Mask, Mask]:
-    """Returns what fits into the keys, and the rest; neither is causal."""
+    """Returns what is written into the keys, and what becomes a bias; neither causal.
+
+    A float mask goes into the keys only where no other differs from row to row, as it
+    is there that the largest sum of a row is not known in advance.
+    """
+    is_same = not mask.is_causal and all(map(is_padding, jax.tree.leaves(mask)))
 
     def part(wanted):
         def chosen(masks):
-            return tuple(x for x in masks if _fits_into_keys(x, head_dim) == wanted)
+            return tuple(x for x in masks if fits(x) == wanted)
 
         return Mask(chosen(mask.allowed), chosen(mask.blocked), chosen(mask.attn_bias))
+
+    def fits(x):
+        return is_padding(x) and head_dim < _MAX_WIDTH and (is_same or x.dtype == bool)
 
     return part(True), part(False)
 
@@ -338,10 +361,10 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _pad(x: Array, axis: int, before: int, size: int, fill: float = 0) -> Array:
+def _pad(x: Array, axis: int, before: int, size: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (before, size - before - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=fill)
+    return jnp.pad(x, widths)
 
 
 def _take(x: Array, order: Array) -> Array:
@@ -357,13 +380,3 @@ def _finite(additive: Array, dtype: DType) -> Array:
     lowest = -(2.0**15) if dtype == jnp.float16 else -(2.0**41)
     finite = jnp.maximum(additive, lowest / 2)
     return jnp.where(additive == -jnp.inf, lowest, finite).astype(dtype)
-
-
-def _split_as(queries: Array, x: Array) -> Array:
-    """Returns `x` such that XLA splits it over devices as it does the queries.
-
-    JAX gives each device's cuDNN the whole of an array that happens to be replicated,
-    beside a part of the batch. So let it depend on the queries, by nothing: no number
-    is larger than inf.
-    """
-    return jnp.where(queries > jnp.inf, 0, x)

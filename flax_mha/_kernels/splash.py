@@ -107,11 +107,12 @@ def forward(
     tgt_len = query.shape[1]
     out = out[:, :, :tgt_len].swapaxes(1, 2)
     lse = lse[:, :, :tgt_len, None]
+    first_term = jnp.zeros_like(lse)
     dead = _dead_rows(mask, tgt_len, key.shape[1])
     if dead is not None:
         out = jnp.where(dead.swapaxes(1, 2), 0, out)
-        lse = jnp.where(dead, jnp.inf, lse)
-    return out, lse
+        first_term = jnp.where(dead, jnp.inf, first_term)
+    return out, jnp.concatenate([first_term, lse], axis=-1)
 
 
 def backward(
@@ -126,6 +127,7 @@ def backward(
     d_out: OutHeads,
     *,
     precision: Precision = None,
+    with_bias: bool = True,
     interpret: bool = False,
 ) -> tuple[QueryHeads, KeyHeads, ValueHeads, tuple[MaskArray, ...], Array]:
     """As that of all kernels; see `_kernels`.
@@ -135,7 +137,7 @@ def backward(
     call = _Call.prepare(query, key, value, mask, scale)
     kernel = call.kernel(interpret, save_residuals=False)
     out, d_out = (_heads_first(x, call.query.shape[2]) for x in (out, d_out))
-    lse = _pad(lse[..., 0], 2, call.query.shape[2])
+    lse = _pad(jnp.sum(lse, axis=-1), 2, call.query.shape[2])
 
     def one_sequence(query, key, value, segments, out, lse, d_out):
         masks = kernel.dq_mask_info, kernel.dkv_mask_info
