@@ -278,7 +278,9 @@ def _pull_back(
             d_logits if options.with_bias else None,
         )
 
-    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
+    # Not zeros_like, which fails if `jax.shard_map` has some of the mesh's axes only.
+    shapes = jax.eval_shape(compute)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     d_q, d_k, d_v, d_logits = blocks.unless_hidden(
         mask, corner, column, columns, compute, nothing
     )
