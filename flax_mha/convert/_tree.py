@@ -83,8 +83,11 @@ def plan_tree(
     | anything else | "weight", as it is |
 
     (Flax's ConvTranspose needs `transpose_kernel=True` for it.) Shapes tell which it
-    is, but for a matrix without a bias, which may be a Linear's or an Embedding's, and
-    for what only looks like an attention layer: those need `kinds` or a `target`. Other
+    is, but for a matrix without a bias, which may be a Linear's or an Embedding's; for
+    three axes, which a Conv1d has and a Bilinear; for a weight (1, features, 1, 1), of
+    a LayerNorm2d or a Conv2d; for what does not fit its bias, as GPT-2's Conv1D, which
+    is stored transposed; and for what only looks like an attention layer. Those need
+    `kinds` or a `target`, and so do integers, which may be no parameters at all. Other
     parameters keep name and shape. Lists are named as in Flax: "layers.0.linear1"
     becomes "layers_0/linear1".
 

@@ -436,7 +436,12 @@ NEIGHBOURS = {
         normal(2, 3, 4),
         {},
     ),
-    "conv1d": (lambda: torch.nn.Conv1d(4, 4, 3), conv(3), normal(2, 7, 4), {}),
+    "conv1d": (
+        lambda: torch.nn.Conv1d(4, 4, 3),
+        conv(3),
+        normal(2, 7, 4),
+        {"layer": "kernel"},
+    ),
     "conv2d": (
         lambda: torch.nn.Conv2d(4, 6, (3, 2), bias=False),
         conv(3, 2, features=6, use_bias=False),
@@ -622,6 +627,17 @@ def test_a_target_in_flaxs_boxes():
     assert convert_tree({"head.weight": torch.ones(2, 3)}, target=wanted)
 
 
+def test_a_transposed_convolution_is_told_by_its_bias():
+    state_dict = torch.nn.ModuleDict({"up": torch.nn.ConvTranspose2d(4, 6, 2)})
+    params = convert_tree(state_dict.state_dict())
+    assert params["up"]["kernel"].shape == (2, 2, 6, 4)
+
+
+def test_integers_are_parameters_if_the_caller_says_so():
+    params = convert_tree({"ids": np.arange(3)}, kinds={"ids": "weight"})
+    np.testing.assert_array_equal(params["ids"], np.arange(3))
+
+
 def test_numbers_in_paths():
     state_dict = {
         "0.weight": torch.ones(2),
@@ -648,6 +664,10 @@ LAYER = {
 }
 BELOW = {f"a.{name}": array for name, array in LAYER.items()}
 STACK = {"h.0.weight": np.zeros(2, "f"), "h.1.weight": np.zeros(2, "f")}
+DOUBT = (
+    "state_dict must leave no doubt what its tensors are (say so in kinds, as "
+    '{".*lm_head": "kernel"}, or in ignore, or give a target), but'
+)
 WRONG = {
     "not_a_mapping": (
         dict(state_dict=[1]),
@@ -723,10 +743,50 @@ WRONG = {
             }
         ),
         ValueError,
-        "state_dict must leave no doubt what its tensors are (say so in kinds, as "
-        '{".*lm_head": "kernel"}, or in ignore, or give a target), but\n'
-        "  a Linear's or an Embedding's: l.weight; transposed.weight\n"
+        f"{DOUBT}\n"
+        "  a Linear's or an Embedding's: l.weight\n"
+        "  not stored as a Linear's or Conv's with that bias: transposed.weight\n"
         "  not parameters, but BatchNorm's: bn.running_mean",
+    ),
+    "integers": (
+        dict(state_dict={"position_ids": np.arange(3), "seen": np.array(True)}),
+        ValueError,
+        f"{DOUBT}\n  of integers or truth values: position_ids; seen",
+    ),
+    "three_axes_and_norms": (
+        dict(
+            state_dict={
+                "bilinear.weight": np.zeros((4, 3, 2), "f"),
+                "bilinear.bias": np.zeros(4, "f"),
+                "norm2d.weight": np.zeros((1, 4, 1, 1), "f"),
+                "grouped_transpose.weight": np.zeros((4, 3, 2, 2), "f"),
+                "grouped_transpose.bias": np.zeros(6, "f"),
+            }
+        ),
+        ValueError,
+        f"{DOUBT}\n"
+        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight; norm2d.weight\n"
+        "  not stored as a Linear's or Conv's with that bias: grouped_transpose.weight",
+    ),
+    "kernel_of_gpt2": (
+        dict(
+            state_dict={"c.weight": np.zeros((5, 6)), "c.bias": np.zeros(6)},
+            kinds={"c": "kernel"},
+        ),
+        ValueError,
+        "kinds must not say 'kernel' of c.weight: of shape (5, 6) beside a bias of "
+        "(6,), it is not stored as a Linear or Conv is (GPT-2's Conv1D is stored "
+        "transposed). Say 'weight' to take it as it is, or rearrange it first.",
+    ),
+    "kernel_of_layer_norm_2d": (
+        dict(
+            state_dict=dict.fromkeys(["n.weight", "n.bias"], np.zeros((1, 4, 1, 1))),
+            kinds={"n": "kernel"},
+        ),
+        ValueError,
+        "kinds must not say 'kernel' of n.weight: of shape (1, 4, 1, 1) beside a bias "
+        "of (1, 4, 1, 1), it is not stored as a Linear or Conv is (GPT-2's Conv1D is "
+        "stored transposed). Say 'weight' to take it as it is, or rearrange it first.",
     ),
     "torn_apart": (
         dict(state_dict=BELOW, num_heads=3, rename={"in_proj": "qkv"}),
