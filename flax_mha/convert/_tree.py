@@ -103,7 +103,8 @@ def plan_tree(
             other names are left alone.
         rename: {pattern: replacement}, applied with `re.sub`, all in order, to the
             dotted name of each parameter in Flax, "encoder.layers.0.linear1.kernel",
-            before its numbers are joined. (Stacked layers have no number.)
+            before its numbers are joined. (Stacked layers have no number.) It must
+            change some name, and leave something between the dots of each.
         kinds: {pattern of module names: "kernel", "embedding", "scale" or "weight"};
             the first counts. "weight" also matches the names of other parameters, to
             say that they are wanted as they are. An attention layer with a module that
@@ -140,6 +141,7 @@ def plan_tree(
     others = tensors.keys() - claimed
     for key, kind in kinds_of(others, tensors, chosen, names, wanted).items():
         parts.append(_other(key, kind, tensors[key], names))
+    names.check_all_used()
 
     entries = _stacked(parts, names.sizes)
     if wanted is not None:

@@ -727,6 +727,17 @@ WRONG = {
         "rename must have replacements as re.sub takes them, got '\\\\9' for 'l': "
         "invalid group reference 9 at position 1.",
     ),
+    "rename_nothing": (
+        dict(state_dict=LINEAR, rename={"^l": "m", "^m$": "n", r"\.weight": ""}),
+        ValueError,
+        "rename must have patterns that change some name in Flax, as "
+        r"'encoder.layers.0.linear1.kernel', got '^m$', '\\.weight'.",
+    ),
+    "rename_to_nothing": (
+        dict(state_dict=LINEAR, rename={"^l": ""}),
+        ValueError,
+        "rename must leave something between the dots of 'l.kernel', got '.kernel'.",
+    ),
     "kind_of_another_rank": (
         dict(state_dict=LINEAR, kinds={"l": "scale"}),
         ValueError,
