@@ -252,8 +252,13 @@ LOOK_ALIKES = {
     ),
     "gpt2": (
         {"c_attn.weight": torch.ones(6, 18), "c_proj.weight": torch.ones(6, 6)},
-        "c_attn.weight belongs to GPT-2's attention, which stores its weights "
-        "transposed",
+        "c_attn.weight belongs to GPT-2's attention (some store its weights "
+        "transposed)",
+    ),
+    "bert": (
+        {f"{name}.weight": torch.ones(6, 6) for name in ("query", "key", "value")},
+        "query.weight belongs to an attention as BERT's, whose output layer is "
+        "elsewhere",
     ),
 }
 
@@ -269,6 +274,13 @@ def test_look_alikes_are_told_with_the_reason_and_never_converted(state_dict, re
         plan_tree(state_dict, 3)
     assert f"of what only looks like attention: {found.keys[0]}" in str(raised.value)
     assert str(raised.value).endswith(f"\n  'attn': {reason}")
+
+
+def test_a_query_alone_is_no_attention():
+    state_dict = {"detr.query.weight": torch.ones(5, 6)}
+    assert find_look_alikes(state_dict) == []
+    conversion = plan_tree(state_dict, kinds={r".*\.query": "embedding"})
+    assert conversion.entries[0].path == "detr/query/embedding"
 
 
 def test_a_look_alike_is_converted_as_what_the_caller_says_it_is():
