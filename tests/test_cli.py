@@ -36,7 +36,7 @@ def model():
         "model.embed.weight": normal(5, WIDTH),
         "model.norm.weight": normal(WIDTH),
         "model.norm.bias": normal(WIDTH),
-        "head.steps": np.arange(3),
+        "head.steps": np.arange(3.0),
     }
 
 
@@ -93,6 +93,18 @@ def test_there_and_back(folder, capsys, converted):
     for other in ("back.safetensors", converted):
         out = run(capsys, "diff", "model.safetensors", other)
         assert out == "12 tensors are equal, 0 are not\n"
+
+
+def test_a_model_without_attention_layers(folder, capsys):
+    names = ("query", "key", "value")
+    tensors = {f"bert.{name}.weight": normal(8, 8) for name in names}
+    convert.save_safetensors("bert.safetensors", tensors)
+    out = run(capsys, "inspect", "bert.safetensors")
+    assert "no attention layers found\n3 tensors" in out
+    assert re.search(r"bert +query\.weight belongs to an attention as BERT's", out)
+    run(capsys, "convert", "bert.safetensors", "converted", "--kind", ".*=kernel")
+    out = run(capsys, "verify", "bert.safetensors", "converted")
+    assert out == "no attention layers; 3 tensors are equal bit for bit\n"
 
 
 def test_convert_has_the_options_of_plan_tree(folder, capsys):

@@ -42,6 +42,7 @@ def inspect(args: argparse.Namespace) -> int:
         ["looks like one", "but is not converted, because"],
         [[look_alike.prefix, look_alike.reason] for look_alike in look_alikes],
     )
+    _print([] if layers else ["no attention layers found"])
     _print(
         [
             *checkpoint.notes,
@@ -95,6 +96,9 @@ def verify(args: argparse.Namespace) -> int:
             for report in reports
         ],
     )
+    if not reports:
+        count = sum(len(entry.keys) for entry in conversion.entries)
+        _print([f"no attention layers; {count} tensors are equal bit for bit"])
     return 0
 
 
