@@ -59,7 +59,7 @@ def heads_of(
 
 def _checked(layer: AttentionLayer, number: int) -> int:
     try:
-        number = operator.index(number)
+        number = operator.index(None if isinstance(number, bool) else number)
     except TypeError:
         raise TypeError(
             f"num_heads must be an integer, got {number!r} for {layer.prefix!r}."

@@ -716,6 +716,16 @@ WRONG = {
         TypeError,
         "num_heads must be an integer, got 3.0 for 'a'.",
     ),
+    "heads_a_truth_value": (
+        dict(state_dict=BELOW, num_heads=True),
+        TypeError,
+        "num_heads must be an integer, got True for 'a'.",
+    ),
+    "stack_a_string": (
+        dict(state_dict=STACK, stack="h"),
+        TypeError,
+        "stack must be several modules, got the string 'h'.",
+    ),
     "ignore_a_string": (
         dict(state_dict=LINEAR, ignore="l.bias"),
         TypeError,
@@ -831,7 +841,7 @@ WRONG = {
         dict(state_dict={"a": np.zeros(2), "a.b": np.zeros(2)}),
         ValueError,
         "state_dict must give each path one parameter (see rename and stack), but\n"
-        "  taken twice: a (of a)",
+        "  taken twice: a (of a, a.b)",
     ),
     "target": (
         dict(
@@ -1105,4 +1115,14 @@ NOT_STOCK = {
 def test_trees_that_the_other_side_cannot_have_are_refused(call, text):
     with pytest.raises(ValueError) as raised:
         call()
+    assert str(raised.value) == text
+
+
+@pytest.mark.parametrize(
+    "call, argument", [(convert.to_stock, "params"), (convert.from_stock, "tree")]
+)
+def test_a_tree_must_be_a_mapping(call, argument):
+    with pytest.raises(TypeError) as raised:
+        call([1])
+    text = f"{argument} must be nested dicts of arrays, got <class 'list'>."
     assert str(raised.value) == text
