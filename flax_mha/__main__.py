@@ -1,8 +1,6 @@
 """`python -m flax_mha`: the command line."""
 
-import sys
-
-from flax_mha._cli import main
+from flax_mha._cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from flax_mha import convert
 from flax_mha._cli import _commands, main
+from tests.test_convert_writing import files_below
 
 WIDTH, HEADS = 8, 2
 
@@ -36,11 +37,12 @@ def model():
         "model.embed.weight": normal(5, WIDTH),
         "model.norm.weight": normal(WIDTH),
         "model.norm.bias": normal(WIDTH),
-        "head.steps": np.arange(3),
+        "head.steps": np.arange(3.0),
     }
 
 
 OPTIONS = ["--num-heads", "2", "--kind", r".*\.embed=embedding"]
+OVERWRITE = "--overwrite"
 
 
 @pytest.fixture
@@ -93,6 +95,18 @@ def test_there_and_back(folder, capsys, converted):
     for other in ("back.safetensors", converted):
         out = run(capsys, "diff", "model.safetensors", other)
         assert out == "12 tensors are equal, 0 are not\n"
+
+
+def test_a_model_without_attention_layers(folder, capsys):
+    names = ("query", "key", "value")
+    tensors = {f"bert.{name}.weight": normal(8, 8) for name in names}
+    convert.save_safetensors("bert.safetensors", tensors)
+    out = run(capsys, "inspect", "bert.safetensors")
+    assert "no attention layers found\n3 tensors" in out
+    assert re.search(r"bert +query\.weight belongs to an attention as BERT's", out)
+    run(capsys, "convert", "bert.safetensors", "converted", "--kind", ".*=kernel")
+    out = run(capsys, "verify", "bert.safetensors", "converted")
+    assert out == "no attention layers; 3 tensors are equal bit for bit\n"
 
 
 def test_convert_has_the_options_of_plan_tree(folder, capsys):
@@ -180,23 +194,65 @@ ERRORS = {
     "other_file": (["inspect", "notes.txt"], "path must "),
     "neither": (
         ["diff", "notes.txt", "notes.txt"],
-        "Nor is it converted: 'notes.txt' is not a whole safetensors file",
+        "As what convert wrote: 'notes.txt' is not a whole safetensors file",
     ),
     "no_num_heads": (
         ["convert", "model.safetensors", "out", *OPTIONS[2:]],
-        "num_heads must be given",
+        "--num-heads must be given for each attention layer, as no tensor records it: "
+        "N, or PATTERN=N several times. That of 'model.layers.0.self_attn'",
     ),
     "wrong_num_heads": (
         ["convert", "model.safetensors", "out", "--num-heads", "3"],
-        "num_heads must divide embed_dim 8",
+        "--num-heads must divide embed_dim 8",
     ),
     "unclear": (
         ["convert", "model.safetensors", "out", "--num-heads", "2"],
-        "a Linear's or an Embedding's: model.embed.weight",
+        "(say so by --kind '.*lm_head=kernel', or by --ignore), but\n"
+        "  a Linear's or an Embedding's: model.embed.weight",
     ),
     "exists": (
-        ["convert", "model.safetensors", "model.safetensors", *OPTIONS],
-        "'model.safetensors' exists",
+        ["convert", "model.safetensors", "plain.safetensors", *OPTIONS],
+        "'plain.safetensors' exists; --overwrite replaces it",
+    ),
+    "onto_itself": (
+        ["convert", "model.safetensors", "./model.safetensors", *OPTIONS, OVERWRITE],
+        "'model.safetensors' must be apart from 'model.safetensors', which is read",
+    ),
+    "onto_itself_by_a_link": (
+        ["convert", "model.safetensors", "link.safetensors", *OPTIONS, OVERWRITE],
+        "'link.safetensors' must be apart from 'model.safetensors'",
+    ),
+    "into_itself": (
+        ["convert", "hub", "hub/flax", *OPTIONS],
+        "'hub/flax' must be apart from 'hub'",
+    ),
+    "around_itself": (
+        ["convert", "hub/model.safetensors", "hub", *OPTIONS, OVERWRITE],
+        "'hub' must be apart from 'hub/model.safetensors'",
+    ),
+    "export_onto_itself": (
+        ["export", "converted.safetensors", "converted.safetensors", OVERWRITE],
+        "'converted.safetensors' must be apart from 'converted.safetensors'",
+    ),
+    "export_into_itself": (
+        ["export", "converted", "converted/back.safetensors"],
+        "'converted/back.safetensors' must be apart from 'converted'",
+    ),
+    "converted_twice": (
+        ["convert", "plain.safetensors", "out"],
+        "but is written by `flax-mha convert`: `flax-mha export` turns it back",
+    ),
+    "folder_converted_twice": (
+        ["inspect", "converted"],
+        "but is an Orbax checkpoint: `flax-mha export` turns it back",
+    ),
+    "nothing_left": (
+        ["convert", "model.safetensors", "out", "--ignore", ".*"],
+        "nothing is left to convert: see --prefix and --ignore",
+    ),
+    "other_heads": (
+        ["verify", "model.safetensors", "other_heads"],
+        "'other_heads/flax_mha.json' has no conversion of its parameters: ",
     ),
     "no_folder": (["convert", "model.safetensors", "none/out", *OPTIONS], "none"),
     "pattern": (
@@ -209,7 +265,7 @@ ERRORS = {
     ),
     "not_converted": (
         ["verify", "model.safetensors", "model.safetensors"],
-        "must be written by `save_params`",
+        "must be written by `flax-mha convert`",
     ),
     "no_record": (
         ["export", "plain.safetensors", "out.safetensors"],
@@ -220,19 +276,55 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("argv, message", ERRORS.values(), ids=ERRORS)
-def test_an_error_is_one_line_and_leaves_nothing(folder, capsys, argv, message):
+def test_an_error_is_told_and_leaves_nothing(folder, capsys, argv, message):
     (folder / "broken.safetensors").write_bytes(b"\x00" * 20)
     (folder / "notes.txt").write_text("notes")
     convert.save_params("plain.safetensors", {"a": np.ones(2)})
-    if "converted" in argv:
-        run(capsys, "convert", "model.safetensors", "converted", *OPTIONS)
-    before = sorted(folder.iterdir())
+    (folder / "link.safetensors").symlink_to("model.safetensors")
+    (folder / "hub").mkdir()
+    convert.save_safetensors("hub/model.safetensors", model())
+    for name in {"converted", "converted.safetensors", "other_heads"} & set(argv):
+        run(capsys, "convert", "model.safetensors", name, *OPTIONS)
+    if "other_heads" in argv:
+        record = folder / "other_heads" / "flax_mha.json"
+        text = record.read_text()
+        record.write_text(text.replace('"num_heads": 2', '"num_heads": 3'))
+    before = files_below(folder)
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("flax-mha: ") and err.count("\n") == 1
+    assert err.startswith("flax-mha: ")
     assert message in err
-    assert sorted(folder.iterdir()) == before
+    assert files_below(folder) == before
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "read_state_dict", interrupt)
+    assert main(["inspect", "model.safetensors"]) == 130
+    assert capsys.readouterr().err == "flax-mha: interrupted\n"
+
+
+def test_closed_stdout_is_no_traceback(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["inspect", "model.safetensors"]) == 0
+
+
+def test_export_says_what_was_left_out(folder, capsys):
+    ignore = ["--ignore", "head.steps"]
+    run(capsys, "convert", "model.safetensors", "converted", *OPTIONS, *ignore)
+    out = run(capsys, "export", "converted", "back.safetensors")
+    assert "without what convert was told to ignore: head.steps\n" in out
+
+
+def test_long_lists_are_cut_short(folder, capsys):
+    run(capsys, "convert", "model.safetensors", "converted", *OPTIONS)
+    other = {name: tensor + 1 for name, tensor in model().items()}
+    convert.save_safetensors("other.safetensors", other)
+    out = run(capsys, "verify", "other.safetensors", "converted", code=1)
+    assert out.endswith("model.embed.weight; and 2 more\n")
 
 
 def test_verify_with_another_model_is_no_crash(folder, capsys):
@@ -248,6 +340,7 @@ def test_verify_with_another_model_is_no_crash(folder, capsys):
         ([], "COMMAND"),
         (["train"], "invalid choice"),
         (["convert", "a", "b", "--num-heads", "many"], "'many' must be N or PATTERN=N"),
+        (["convert", "a", "b", "--num-heads", "=4"], "'=4' must be N or PATTERN=N"),
         (["convert", "a", "b", "--rename", "a"], "'a' must be PATTERN=VALUE"),
     ],
 )
@@ -281,6 +374,19 @@ def test_as_a_program(folder):
     )
     assert done.returncode == 1
     assert done.stdout.endswith("0 tensors are equal, 13 are not\n")
+
+
+def test_broken_orbax_checkpoint_is_one_message(folder, capsys):
+    run(capsys, "convert", "model.safetensors", "converted", *OPTIONS)
+    (folder / "converted" / "manifest.ocdbt").write_bytes(b"broken")
+    done = subprocess.run(
+        [sys.executable, "-m", "flax_mha", "verify", "model.safetensors", "converted"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "flax-mha: 'converted' is a broken Orbax checkpoint." in done.stderr
+    assert "Traceback" not in done.stderr  # of TensorStore's threads
 
 
 def test_progress_bar_ends_when_all_tensors_are_read(folder):

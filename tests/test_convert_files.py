@@ -372,6 +372,7 @@ def test_file_that_a_folder_is_read_from(tmp_path, files, chosen):
 WRONG_FOLDERS = {
     "nothing": ([], "got no files"),
     "other things": (["train.py"], "must hold a .safetensors file, one of .pt"),
+    "two of an older ending": (["a.pth.tar", "b.pt.tar"], "got a.pth.tar, b.pt.tar;"),
     "two": (["a.safetensors", "b.safetensors"], "got a.safetensors, b.safetensors;"),
     "whole and in parts": (
         ["model.safetensors", "model.safetensors.index.json"],

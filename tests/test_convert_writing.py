@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def disk_full():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+ATTENTION = {
+    "in_proj_weight": np.ones((12, 4)),
+    "out_proj.weight": np.ones((4, 4)),
+    "in_proj_bias": np.ones(12),
+    "out_proj.bias": np.ones(4),
+}
+CONVERSION = convert.plan_tree(
+    {**ATTENTION, "position_ids": ONES["a"]}, 2, ignore=["position_ids"]
+)
+CONVERTED = CONVERSION.params(ATTENTION)
 KERNEL = np.random.default_rng(0).normal(size=(100, 100))  # which nothing compresses
 TREE = {"layers_0": {"kernel": KERNEL}, "bias": ONES["b"]}
 WRITERS = {
@@ -189,9 +200,44 @@ def test_params_round_trip_keeps_every_bit(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["params.safetensors", "checkpoint"])
 def test_conversion_is_kept_beside_the_params(tmp_path, name):
-    conversion = convert.Conversion(entries=(), layers=(), ignored=("position_ids",))
-    save_params(tmp_path / name, TREE, conversion)
-    assert load_params(tmp_path / name)[1] == conversion
+    save_params(tmp_path / name, CONVERTED, CONVERSION)
+    assert load_params(tmp_path / name)[1] == CONVERSION
+
+
+@pytest.mark.parametrize("name", ["params.safetensors", "checkpoint"])
+def test_what_save_params_wrote_is_no_state_dict(tmp_path, name):
+    save_params(tmp_path / name, CONVERTED)
+    text = f"{name}' must be PyTorch's, but is "
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / name))
+
+
+def test_conversion_that_does_not_fit_is_refused(tmp_path):
+    save_params(tmp_path / "checkpoint", CONVERTED, CONVERSION)
+    record = tmp_path / "checkpoint" / "flax_mha.json"
+    text = record.read_text()
+    for here, there, message in (
+        ('"num_heads": 2', '"num_heads": 4', "num_heads of '' must be 2, as that of"),
+        ('"out_proj/bias"', '"bias"', "missing: bias (4,)"),
+        ("{", "", "text must be what Conversion.to_json returned"),
+    ):
+        record.write_text(text.replace(here, there))
+        with pytest.raises(ValueError, match=r"flax_mha\.json' has no conv") as raised:
+            load_params(tmp_path / "checkpoint")
+        assert message in str(raised.value)
+    with pytest.raises(ValueError, match="params must be as converted"):
+        save_params(tmp_path / "other", TREE, CONVERSION)
+    with pytest.raises(ValueError, match="pass variables instead of variables"):
+        save_params(tmp_path / "other", {"params": CONVERTED}, CONVERSION)
+    assert not (tmp_path / "other").exists()
+
+
+def test_error_names_what_the_caller_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "temporary")
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"denied: .*/a\.safetensors'$"):
+        save_safetensors(tmp_path / "a.safetensors", ONES)
 
 
 RESTORE = """
@@ -206,7 +252,8 @@ assert "flax_mha" not in sys.modules
 
 
 def test_orbax_alone_restores_the_params_in_a_new_process(tmp_path):
-    conversion = convert.Conversion(entries=(), layers=(), ignored=())
+    state_dict = {"layers.0.kernel": KERNEL, "bias": ONES["b"]}
+    conversion = convert.plan_tree(state_dict, kinds={".*": "weight"})
     save_params(tmp_path / "checkpoint", TREE, conversion)
     subprocess.run([sys.executable, "-c", RESTORE, tmp_path / "checkpoint"], check=True)
 

@@ -20,6 +20,7 @@ exit codes:
   0  all is well
   1  verify or diff found differences
   2  wrong usage, or a file that is missing, broken or of another kind
+  130  interrupted
 """
 _CONVERT_EXAMPLES = """\
 examples:
@@ -34,15 +35,26 @@ a name, they match whole names.
 """
 
 
+def program() -> None:
+    """Runs the command line, and ends the process."""
+    # When Orbax fails, TensorStore's threads go on, and find nobody to report to.
+    sys.unraisablehook = lambda _: None
+    sys.exit(main())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = _parser().parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's warnings
+    for name in ("absl", "asyncio"):  # Orbax's warnings, and tasks it left behind
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print("flax-mha:", *str(error).split(), file=sys.stderr)  # on one line
+        print(f"flax-mha: {_commands.message(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("flax-mha: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,8 +161,8 @@ def _add_overwrite(command: argparse.ArgumentParser) -> None:
 
 
 def _heads_rule(text: str) -> tuple[str, int]:
-    pattern, _, number = text.rpartition("=")
-    if not number.isdecimal():
+    pattern, equals, number = text.rpartition("=")
+    if not number.isdecimal() or (equals and not pattern):
         raise argparse.ArgumentTypeError(f"{text!r} must be N or PATTERN=N")
     return pattern or ".*", int(number)
 

@@ -1,6 +1,7 @@
 """What each command does. The first line of its docstring is its help."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,41 @@ from rich.progress import Progress
 from rich.table import Table
 
 from flax_mha import convert
-from flax_mha.convert._arrays import specs
+from flax_mha.convert._arrays import few, specs
 from flax_mha.convert._conversion import flatten
+
+_LONGEST_LIST = 10
+# What messages advise in Python: {pattern: what it is on the command line}.
+_OPTIONS = {
+    r"overwrite=True": "--overwrite",
+    r"`wrapper`": "--wrapper",
+    r"`load_params` reads it": "`flax-mha export` turns it back",
+    r"`save_params`": "`flax-mha convert`",
+    r'in kinds, as \{"(.*?)": "(.*?)"\}, or in ignore, or give a target': (
+        r"by --kind '\1=\2', or by --ignore"
+    ),
+    r'one number, \{"pattern of prefixes": number\}, or a function': (
+        "N, or PATTERN=N several times"
+    ),
+    r"\(see rename and stack\)": "(see --rename and --stack)",
+    r"^kinds must": "--kind must",
+    r"^(num_heads|prefix|rename|ignore|stack|wrapper) must": r"--\1 must",
+    r"^--num_heads": "--num-heads",
+}
+
+
+def message(error: Exception | str) -> str:
+    """Returns an error or a note for the command line, without endless lists."""
+    text = str(error)
+    for python, option in _OPTIONS.items():
+        text = re.sub(python, option, text)
+    return "\n".join(map(_abridged, text.splitlines()))
+
+
+def _abridged(line: str) -> str:
+    items = line.split("; ")
+    rest = len(items) - _LONGEST_LIST
+    return "; ".join(items[:_LONGEST_LIST]) + (f"; and {rest} more" * (rest > 0))
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -42,9 +76,10 @@ def inspect(args: argparse.Namespace) -> int:
         ["looks like one", "but is not converted, because"],
         [[look_alike.prefix, look_alike.reason] for look_alike in look_alikes],
     )
+    _print([] if layers else ["no attention layers found"])
     _print(
         [
-            *checkpoint.notes,
+            *map(message, checkpoint.notes),
             f"{len(checkpoint)} tensors of {size(checkpoint)}; "
             f"{len(rest)} of {size(rest)} are outside of these layers",
         ]
@@ -64,11 +99,14 @@ def convert_(args: argparse.Namespace) -> int:
         ignore=args.ignore,
         stack=args.stack,
     )
+    _check_apart(args.out, args.file)
+    if not conversion.entries:
+        raise ValueError("nothing is left to convert: see --prefix and --ignore.")
     with _progress() as progress:
         params = conversion.params(_Watched(checkpoint, progress, "reading"))
         progress.add_task("writing", total=None)
         convert.save_params(args.out, params, conversion, overwrite=args.overwrite)
-    _print(checkpoint.notes)
+    _print(map(message, checkpoint.notes))
     _print([f"wrote {args.out}; flax-mha verify compares it with {args.file}"])
     return 0
 
@@ -80,7 +118,8 @@ def verify(args: argparse.Namespace) -> int:
     try:
         reports = convert.verify(checkpoint, params, conversion=conversion)
     except ValueError as error:  # what differs, listed
-        print(error)
+        print(message(error))
+        _print(note for note in map(message, checkpoint.notes) if "--wrapper" in note)
         return 1
     _print_table(
         ["attention layer", "heads", "error", "error to PyTorch", "finite"],
@@ -95,6 +134,9 @@ def verify(args: argparse.Namespace) -> int:
             for report in reports
         ],
     )
+    if not reports:
+        count = sum(len(entry.keys) for entry in conversion.entries)
+        _print([f"no attention layers; {count} tensors are equal bit for bit"])
     return 0
 
 
@@ -102,10 +144,13 @@ def export(args: argparse.Namespace) -> int:
     """Write converted parameters, changed since or not, back for PyTorch."""
     params, conversion = _load_converted(args.out)
     state_dict = conversion.state_dict(params)
+    _check_apart(args.file, args.out)
     with _progress() as progress:
         watched = _Watched(state_dict, progress, "writing")
         convert.save_safetensors(args.file, watched, overwrite=args.overwrite)
     _print([f"wrote {args.file}: {len(state_dict)} tensors by PyTorch's names"])
+    if conversion.ignored:
+        _print([f"without what convert was told to ignore: {few(conversion.ignored)}"])
     return 0
 
 
@@ -146,7 +191,9 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
         try:
             return convert.read_state_dict(path)
         except ValueError as not_theirs:
-            raise ValueError(f"{not_theirs} Nor is it converted: {not_ours}") from None
+            raise ValueError(
+                f"{not_theirs} As what convert wrote: {not_ours}"
+            ) from None
     return conversion.state_dict(params) if conversion else flatten(params)
 
 
@@ -158,6 +205,16 @@ def _load_converted(path: Path) -> tuple[dict[str, Any], convert.Conversion]:
             "without a record of how they were converted."
         )
     return params, conversion
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    """Refuses to write over what is read, into it, or around it."""
+    ours, theirs = target.resolve(), source.resolve()
+    same = target.exists() and target.samefile(source)  # by another name
+    if same or ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        raise ValueError(
+            f"{str(target)!r} must be apart from {str(source)!r}, which is read."
+        )
 
 
 def _difference(left: np.ndarray | None, right: np.ndarray | None) -> str | None:
@@ -199,7 +256,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*map(str, row))
     # Names are no markup, and a pipe has no width.
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout and sys.stdout.isatty() else 160
     Console(markup=False, emoji=False, highlight=False, width=width).print(table)
 
 

@@ -107,6 +107,20 @@ class Conversion:
     layers: tuple[ConvertedLayer, ...]
     ignored: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        heads = {
+            entry.path: entry.shape[entry.axes.index("heads")]
+            for entry in self.entries
+            if "heads" in entry.axes
+        }
+        for layer in self.layers:
+            path = f"{layer.path}/out_proj/weight".removeprefix("/")
+            if heads.get(path) != layer.num_heads:
+                raise ValueError(
+                    f"num_heads of {layer.prefix!r} must be {heads.get(path)}, as that "
+                    f"of {path}, got {layer.num_heads}"
+                )
+
     def check(self, state_dict: Mapping[str, Any]) -> None:
         """Raises an error unless this state_dict is like the one planned for.
 

@@ -48,11 +48,14 @@ _SIGNS = {
 # Names that only attention of other kinds has.
 OTHER_KINDS = {
     "Wqkv.weight": "flash-attn's MHA",
-    "c_attn.weight": "GPT-2's attention, which stores its weights transposed",
+    "c_attn.weight": "GPT-2's attention (some store its weights transposed)",
     "query_key_value.weight": "GPT-NeoX's attention, whose rows are in another order",
     "to_q.weight": "diffusers' Attention",
     "query.kernel": "Flax's MultiHeadDotProductAttention",
+    "query.weight": "an attention as BERT's, whose output layer is elsewhere",
 }
+# Signs that say so only beside others: a query alone may be anything.
+_ONLY_BESIDE = {"query.weight": ("key.weight", "value.weight")}
 # What a family has beside the layer itself.
 _BESIDE = {"clip_pool": {"positional_embedding"}}
 
@@ -150,6 +153,10 @@ def _examine_all(
         for name in tensors
         for sign in signs
         if f".{name}".endswith(f".{sign}")
+        and all(
+            name.removesuffix(sign) + other in tensors
+            for other in _ONLY_BESIDE.get(sign, ())
+        )
     }
     for name, spec in tensors.items():
         for prefix in _ancestors(name):

@@ -6,9 +6,12 @@ import re
 
 from flax_mha.convert._arrays import few
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
+OURS = "flax_mha"  # in the header of a file of parameters: its conversion, or null
+OURS_IN_FOLDER = "flax_mha.json"
+ORBAX = "_CHECKPOINT_METADATA"  # a file in each of its checkpoints
 # The better kind first: where a folder has both, as on Hugging Face, they are the same.
-_KINDS = (r"\.safetensors", r"\.(?:pt|pth|bin|ckpt)")
+_KINDS = (r"\.safetensors", r"\.(?:pt|pth|bin|ckpt|pt\.tar|pth\.tar)")
 # What Hugging Face's libraries load where there are others beside.
 _STANDARD = re.compile(r"(?:model\.safetensors|pytorch_model\.bin)(?:\.index\.json)?")
 _SHARD = re.compile(r"-\d+-of-\d+\.")

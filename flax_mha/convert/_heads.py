@@ -59,17 +59,19 @@ def heads_of(
 
 def _checked(layer: AttentionLayer, number: int) -> int:
     try:
-        number = operator.index(number)
+        checked = operator.index(number)
     except TypeError:
+        checked = None
+    if checked is None or isinstance(number, bool):
         raise TypeError(
             f"num_heads must be an integer, got {number!r} for {layer.prefix!r}."
-        ) from None
-    if number <= 0 or layer.embed_dim % number:
+        )
+    if checked <= 0 or layer.embed_dim % checked:
         raise ValueError(
             f"num_heads must divide embed_dim {layer.embed_dim} of {layer.prefix!r}, "
-            f"got {number}."
+            f"got {checked}."
         )
-    return number
+    return checked
 
 
 def _from_config(layers: Sequence[AttentionLayer], config: Mapping) -> dict[str, int]:

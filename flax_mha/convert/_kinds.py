@@ -1,8 +1,10 @@
 """What kind of parameter each tensor is, and so how its axes go."""
 
+import math
 from collections.abc import Container, Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from flax_mha.convert import _strict
 from flax_mha.convert._find import LookAlike, find_look_alikes
@@ -13,6 +15,8 @@ Specs = Mapping[str, jax.ShapeDtypeStruct]
 
 # What BatchNorm stores beside its parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+_LOOKS_ALIKE = "of what only looks like attention"
 
 
 def chosen_kinds(tensors: Specs, kinds: Mapping[str, str]) -> dict[str, str]:
@@ -35,6 +39,13 @@ def chosen_kinds(tensors: Specs, kinds: Mapping[str, str]) -> dict[str, str]:
             raise ValueError(
                 f"kinds must say {' or '.join(map(repr, possible))} of {key}, which "
                 f"has shape {tensors[key].shape}; got {kind!r}."
+            )
+        if kind == "kernel" and not _fits_bias(key, tensors):
+            raise ValueError(
+                f"kinds must not say 'kernel' of {key}: of shape {tensors[key].shape} "
+                f"beside a bias of {tensors[_bias(key)].shape}, it is not stored as a "
+                "Linear or Conv is (GPT-2's Conv1D is stored transposed). Say 'weight' "
+                "to take it as it is, or rearrange it first."
             )
     return chosen
 
@@ -59,12 +70,7 @@ def kinds_of(
     """
     look_alikes = find_look_alikes(tensors)
     alike = {key for look_alike in look_alikes for key in look_alike.keys}
-    doubts = {
-        "a Linear's or an Embedding's": [],
-        "not parameters, but BatchNorm's": [],
-        "of what only looks like attention": [],
-    }
-    matrix, buffer, other = doubts.values()
+    doubts: dict[str, list[str]] = {}
     kinds = {}
     for key in (key for key in tensors if key in keys):
         possible = _possible(key, tensors[key])
@@ -78,17 +84,13 @@ def kinds_of(
                 if names.locate(parameter_name(key, kind)).path in target
             ]
             kinds[key] = next(iter(fitting), possible[0])
-        elif key in alike:
-            other.append(key)
-        elif key.rpartition(".")[2] in _BUFFERS:
-            buffer.append(key)
-        elif _is_unclear_matrix(key, tensors):
-            matrix.append(key)
+        elif doubt := _doubt(key, tensors, alike):
+            doubts.setdefault(doubt, []).append(key)
     _strict.raise_if_any(
         "state_dict must leave no doubt what its tensors are (say so in kinds, as "
         '{".*lm_head": "kernel"}, or in ignore, or give a target)',
         doubts,
-        reasons(look_alikes) if other else "",
+        reasons(look_alikes) if _LOOKS_ALIKE in doubts else "",
     )
     return kinds
 
@@ -125,9 +127,37 @@ def _possible(key: str, spec: jax.ShapeDtypeStruct) -> tuple[str, ...]:
     return ("kernel", "weight")
 
 
-def _is_unclear_matrix(key: str, tensors: Specs) -> bool:
-    """Whether it is a `weight` without the bias that makes it a Linear's."""
-    bias = tensors.get(f"{key.removesuffix('weight')}bias")
-    shape = tensors[key].shape
-    has_bias = bias is not None and bias.shape == shape[:1]
-    return _is_weight(key) and len(shape) == 2 and not has_bias
+def _doubt(key: str, tensors: Specs, alike: Container[str]) -> str | None:
+    """Returns why nobody can tell what it is; None if shapes tell it."""
+    if key in alike:
+        return _LOOKS_ALIKE
+    if key.rpartition(".")[2] in _BUFFERS:
+        return "not parameters, but BatchNorm's"
+    if not jnp.issubdtype(tensors[key].dtype, jnp.inexact):
+        return "of integers or truth values"
+    if not _is_weight(key):
+        return None
+    if not _fits_bias(key, tensors):
+        return "not stored as a Linear's or Conv's with that bias"
+    shape, has_bias = tensors[key].shape, _bias(key) in tensors
+    if len(shape) == 2 and not has_bias:
+        return "a Linear's or an Embedding's"
+    # A Conv1d has shapes as a Bilinear, and a Conv2d may have those of a LayerNorm2d.
+    if len(shape) == 3 or (len(shape) > 3 and math.prod(shape) == shape[1]):
+        return "a Conv's, a Bilinear's or a LayerNorm2d's"
+    return None
+
+
+def _bias(key: str) -> str:
+    return f"{key.removesuffix('weight')}bias"
+
+
+def _fits_bias(key: str, tensors: Specs) -> bool:
+    """Whether its bias, if there is one, is of a Linear's, Conv's or norm's features.
+
+    Those of a ConvTranspose are the second axis; a Linear's never.
+    """
+    bias, shape = tensors.get(_bias(key)), tensors[key].shape
+    if bias is None or len(shape) < 2:
+        return True
+    return bias.shape in ([shape[:1]] if len(shape) == 2 else [shape[:1], shape[1:2]])

@@ -51,6 +51,7 @@ class Names:
         ]
         for pattern, replacement in self._rename:
             _check_replacement(pattern, replacement)
+        self._used: set[re.Pattern] = set()
         self._stacks = {
             module: re.compile(rf"({re.escape(module)})\.(\d+)\.") for module in stack
         }
@@ -65,9 +66,16 @@ class Names:
             if child:
                 stack, index = module, int(child[2])
                 name = children.sub(r"\1.", name, count=1)
-        name = name.removeprefix(self._prefix)
+        name = original = name.removeprefix(self._prefix)
         for pattern, replacement in self._rename:
-            name = pattern.sub(replacement, name)
+            before, name = name, pattern.sub(replacement, name)
+            if name != before:
+                self._used.add(pattern)
+        if self._rename and "" in name.split("."):
+            raise ValueError(
+                f"rename must leave something between the dots of {original!r}, got "
+                f"{name!r}."
+            )
         parts = []
         for part in name.split("."):
             if part.isdigit() and parts:
@@ -75,6 +83,15 @@ class Names:
             else:
                 parts.append(part)
         return Location("/".join(parts), stack, index)
+
+    def check_all_used(self) -> None:
+        """Raises an error if a pattern of `rename` has changed no name so far."""
+        unused = [repr(p.pattern) for p, _ in self._rename if p not in self._used]
+        if unused:
+            raise ValueError(
+                "rename must have patterns that change some name in Flax, as "
+                f"'encoder.layers.0.linear1.kernel', got {', '.join(unused)}."
+            )
 
     def _size(self, module: str, keys: Iterable[str]) -> int:
         children = {

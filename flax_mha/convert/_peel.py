@@ -48,17 +48,21 @@ def no_state_dict(path: pathlib.Path, what: str) -> ValueError:
 def _unwrap(
     content: Mapping[Any, Any], wrapper: str | None, path: pathlib.Path
 ) -> tuple[dict[str, LazyArray], list[str]]:
-    notes, chosen = [], []
+    notes, chosen, there = [], [], []
     while (key := _inner(content, wrapper, path)) is not None:
         chosen.append(key)
         beside = [other for other in content if other != key]
         rest = f", not {few(beside)}" if beside else ""
         notes.append(f"Taken from {key!r}{rest}.")
+        holding = [other for other in content if _holds_arrays(content[other])]
+        if len(holding) > 1:
+            notes[-1] += f" Each of {few(holding)} may be the `wrapper`."
+        there += holding
         content = content[key]
     if wrapper is not None and wrapper not in chosen:
         raise ValueError(
             f"wrapper must be a key of {str(path)!r} that holds a state_dict, "
-            f"got {wrapper!r}; there are {few(content) or 'none'}."
+            f"got {wrapper!r}; there are {few(there) or 'none'}."
         )
     others = [name for name, value in content.items() if not is_array(value)]
     if others:

@@ -1,5 +1,6 @@
 """PyTorch's own files, read by PyTorch without running any code in them."""
 
+import errno
 import functools
 import pathlib
 import pickle
@@ -40,9 +41,9 @@ def load(file: pathlib.Path | BinaryIO, path: pathlib.Path, *, mmap: bool) -> An
 
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
-        raise
     except Exception as error:  # a broken pickle may raise anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise _refused(path, error) from error
 
 
@@ -76,6 +77,8 @@ def _refused(path: pathlib.Path, error: Exception) -> ValueError:
             "state_dict alone in PyTorch, or allow that name by "
             "torch.serialization.add_safe_globals."
         )
+    if not zipfile.is_zipfile(path):
+        return ValueError(f"{str(path)!r} is cut off, or no file of PyTorch's.")
     reason = text.splitlines()[0].partition(". ")[0].rstrip(".")
     return ValueError(
         f"{str(path)!r} cannot be read by torch.load(weights_only=True): {reason}."

@@ -12,7 +12,14 @@ import numpy as np
 
 from flax_mha.convert import _distributed, _peel, _pickles, _safetensors
 from flax_mha.convert._arrays import LazyArray, few
-from flax_mha.convert._folders import PICKLES, is_distributed, only_checkpoint, parts
+from flax_mha.convert._folders import (
+    ORBAX,
+    OURS,
+    PICKLES,
+    is_distributed,
+    only_checkpoint,
+    parts,
+)
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -92,8 +99,8 @@ def read_state_dict(
     Args:
         path: One of
             - a `.safetensors` file (read by this package itself),
-            - a `.pt`, `.pth`, `.bin` or `.ckpt` file (needs PyTorch; read with
-              `weights_only=True`, so that no code in it can run),
+            - a `.pt`, `.pth`, `.bin`, `.ckpt` or `.pth.tar` file (needs PyTorch; read
+              with `weights_only=True`, so that no code in it can run),
             - the `.index.json` of several such files, which lie in its folder,
             - a folder with one of these, or of `torch.distributed.checkpoint`.
         wrapper: The entry to take where a file has several state_dicts; "model_ema",
@@ -104,11 +111,13 @@ def read_state_dict(
 
     Raises:
         FileNotFoundError: There is no such file, or a file that it names is missing.
-        ValueError: It is of none of these kinds, broken, would run code, or could be
-            read in more ways than one.
+        ValueError: It is of none of these kinds, broken, would run code, could be
+            read in more ways than one, or was written by `save_params`.
         ImportError: It needs PyTorch, which is not installed.
     """
     path = pathlib.Path(path)
+    if (path / ORBAX).is_file():
+        raise _converted(path, "an Orbax checkpoint")
     if path.is_dir() and is_distributed(path):
         content = _distributed.read(path)
     else:
@@ -118,7 +127,7 @@ def read_state_dict(
 
 
 def _content(path: pathlib.Path) -> dict[Any, Any]:
-    if path.suffix not in (".safetensors", ".json", *PICKLES):
+    if not path.name.endswith((".safetensors", ".json", *PICKLES)):
         raise ValueError(
             "path must be a folder or end in .safetensors, .index.json or one of "
             f"{', '.join(PICKLES)}, got {str(path)!r}."
@@ -153,10 +162,18 @@ def _one_file(path: pathlib.Path) -> dict[Any, Any]:
         raise ValueError(
             f"{str(path)!r} is a pointer of Git LFS, not the file: run `git lfs pull`."
         )
-    if path.suffix in PICKLES:
+    if path.name.endswith(PICKLES):
         return _pickles.read(path)
     arrays, metadata = _safetensors.read(path)
+    if OURS in metadata:
+        raise _converted(path, "written by `save_params`")
     return arrays | _tied(arrays, metadata)
+
+
+def _converted(path: pathlib.Path, what: str) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} must be PyTorch's, but is {what}: `load_params` reads it."
+    )
 
 
 def _tied(

@@ -29,7 +29,9 @@ def to_stock(params: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A layer has `bias_k` and `bias_v`, which Flax's has not, or its
             parameters are not those of a `MultiheadAttention`.
+        TypeError: `params` is not a mapping.
     """
+    _check_mapping(params, "params")
     return _each_layer(
         params,
         lambda tree: tree.keys() & {"in_proj_weight", *SEPARATE_WEIGHTS},
@@ -46,10 +48,17 @@ def from_stock(tree: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A layer has what PyTorch's has not: normed queries and keys, or
             heads or an output of other sizes than embed_dim gives.
+        TypeError: `tree` is not a mapping.
     """
+    _check_mapping(tree, "tree")
     return _each_layer(
         tree, lambda tree: {*_PROJECTIONS, "out"} <= tree.keys(), _from_stock
     )
+
+
+def _check_mapping(tree: Any, argument: str) -> None:
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"{argument} must be nested dicts of arrays, got {type(tree)}.")
 
 
 def _each_layer(

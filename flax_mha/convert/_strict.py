@@ -53,5 +53,8 @@ def raise_if_any(
 ) -> None:
     """Raises a ValueError of `what`, the lists and the hint, if a list has an item."""
     listed = lines(titled)
+    names = [*titled.get("missing", ()), *titled.get("unexpected", ())]
+    if any(name.startswith("params/") for name in names):
+        hint += "\n  Did you pass variables instead of variables['params']?"
     if listed:
         raise ValueError("\n  ".join([f"{what}, but", *listed]) + hint)

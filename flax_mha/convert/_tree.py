@@ -83,8 +83,11 @@ def plan_tree(
     | anything else | "weight", as it is |
 
     (Flax's ConvTranspose needs `transpose_kernel=True` for it.) Shapes tell which it
-    is, but for a matrix without a bias, which may be a Linear's or an Embedding's, and
-    for what only looks like an attention layer: those need `kinds` or a `target`. Other
+    is, but for a matrix without a bias, which may be a Linear's or an Embedding's; for
+    three axes, which a Conv1d has and a Bilinear; for a weight (1, features, 1, 1), of
+    a LayerNorm2d or a Conv2d; for what does not fit its bias, as GPT-2's Conv1D, which
+    is stored transposed; and for what only looks like an attention layer. Those need
+    `kinds` or a `target`, and so do integers, which may be no parameters at all. Other
     parameters keep name and shape. Lists are named as in Flax: "layers.0.linear1"
     becomes "layers_0/linear1".
 
@@ -100,7 +103,8 @@ def plan_tree(
             other names are left alone.
         rename: {pattern: replacement}, applied with `re.sub`, all in order, to the
             dotted name of each parameter in Flax, "encoder.layers.0.linear1.kernel",
-            before its numbers are joined. (Stacked layers have no number.)
+            before its numbers are joined. (Stacked layers have no number.) It must
+            change some name, and leave something between the dots of each.
         kinds: {pattern of module names: "kernel", "embedding", "scale" or "weight"};
             the first counts. "weight" also matches the names of other parameters, to
             say that they are wanted as they are. An attention layer with a module that
@@ -115,8 +119,11 @@ def plan_tree(
     Raises:
         ValueError: Something is not known, left over, missing, misshapen or of another
             dtype; all of it is listed.
-        TypeError: `state_dict` is not a mapping of names to tensors.
+        TypeError: `state_dict` is not a mapping of names to tensors, `ignore` or
+            `stack` is a string, or a number of heads is not an integer.
     """
+    _check_no_string(ignore, "ignore", "patterns")
+    _check_no_string(stack, "stack", "modules")
     tensors, ignored = _tensors(state_dict, prefix, ignore)
     names = Names(tensors, prefix, rename or {}, stack)
     chosen = chosen_kinds(tensors, kinds or {})
@@ -137,6 +144,7 @@ def plan_tree(
     others = tensors.keys() - claimed
     for key, kind in kinds_of(others, tensors, chosen, names, wanted).items():
         parts.append(_other(key, kind, tensors[key], names))
+    names.check_all_used()
 
     entries = _stacked(parts, names.sizes)
     if wanted is not None:
@@ -151,12 +159,15 @@ def plan_tree(
     return Conversion(tuple(entries), tuple(converted), ignored)
 
 
+def _check_no_string(value: Sequence[str], argument: str, what: str) -> None:
+    if isinstance(value, str):
+        raise TypeError(f"{argument} must be several {what}, got the string {value!r}.")
+
+
 def _tensors(
     state_dict: Mapping[str, Any], prefix: str, ignore: Sequence[str]
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[str, ...]]:
     """Returns what is to be converted, and the names below prefix that are not."""
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore must be several patterns, got the string {ignore!r}.")
     below = names_below(prefix, state_dict)
     ignored = first_matches(ignore, below, "ignore")
     known = specs(state_dict)
@@ -243,16 +254,17 @@ def _stacked(parts: Iterable[_Part], sizes: Mapping[str, int]) -> list[Entry]:
     groups: dict[str, list[_Part]] = {}
     for location, entry in parts:
         groups.setdefault(location.path, []).append((location, entry))
-    above = {
-        path[:at] for path in groups for at, letter in enumerate(path) if letter == "/"
-    }
+    below: dict[str, list[str]] = {}  # of each path that others go through
+    for path, group in groups.items():
+        for at in (at for at, letter in enumerate(path) if letter == "/"):
+            below.setdefault(path[:at], []).extend(_keys(group))
     entries, clashing, unlike = [], [], []
     for path, group in groups.items():
         group.sort(key=lambda part: part[0].index or 0)
         (location, first), *_ = group
-        keys = tuple(key for _, entry in group for key in entry.keys)
-        if path in above or (location.stack is None and len(group) > 1):
-            clashing.append(f"{path} (of {few(keys)})")
+        keys = _keys(group)
+        if path in below or (location.stack is None and len(group) > 1):
+            clashing.append(f"{path} (of {few([*keys, *below.get(path, ())])})")
         elif location.stack is None:
             entries.append(first)
         elif _are_alike(group, sizes[location.stack]):
@@ -267,6 +279,10 @@ def _stacked(parts: Iterable[_Part], sizes: Mapping[str, int]) -> list[Entry]:
         {"taken twice": clashing, "not alike in all stacked modules": unlike},
     )
     return entries
+
+
+def _keys(group: Sequence[_Part]) -> tuple[str, ...]:
+    return tuple(key for _, entry in group for key in entry.keys)
 
 
 def _are_alike(group: Sequence[_Part], size: int) -> bool:

@@ -16,10 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_mha.convert import _safetensors
 from flax_mha.convert._arrays import as_numpy
 from flax_mha.convert._conversion import Conversion
-
-_OURS = "flax_mha"  # in the header of a file of parameters: its conversion, or null
-_OURS_IN_FOLDER = "flax_mha.json"
-_ORBAX = "_CHECKPOINT_METADATA"  # a file in each of its checkpoints
+from flax_mha.convert._folders import ORBAX, OURS, OURS_IN_FOLDER
 
 
 def save_safetensors(
@@ -76,22 +73,24 @@ def save_params(
     Raises:
         FileExistsError: `path` exists, and may not be replaced.
         TypeError: A leaf is not an array.
-        ValueError: A name has a "/" in it.
+        ValueError: A name has a "/" in it, or the conversion is of other parameters.
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
     flat = _flat(params)
+    if conversion is not None:
+        conversion.state_dict(params)  # which only its own parameters have
     text = None if conversion is None else conversion.to_json()
     if path.suffix == ".safetensors":
         named = {"/".join(names): leaf for names, leaf in flat.items()}
-        _write_file(path, named, {_OURS: text or "null"}, overwrite)
+        _write_file(path, named, {OURS: text or "null"}, overwrite)
         return
-    if path.exists() and not (path / _ORBAX).exists():
+    if path.exists() and not (path / ORBAX).exists():
         raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
     with _replacing(path, overwrite) as new:
         _save_orbax(new, flat)
         if text is not None:
-            (new / _OURS_IN_FOLDER).write_text(text)
+            (new / OURS_IN_FOLDER).write_text(text)
 
 
 def load_params(
@@ -100,20 +99,22 @@ def load_params(
     """Returns what `save_params` wrote: NumPy arrays, and the conversion or None.
 
     Args:
-        path: Of the file or folder.
+        path: Of the file or folder. An Orbax checkpoint that Orbax itself wrote is one
+            without a conversion.
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: `save_params` did not write it, or it is broken.
+        ValueError: It is neither, or broken, or the conversion is of other parameters.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         return _restore(path)
     arrays, metadata = _safetensors.read(path)
-    if _OURS not in metadata:
+    if OURS not in metadata:
         raise ValueError(f"{str(path)!r} must be written by `save_params`.")
     flat = {name: array.read() for name, array in arrays.items()}
-    return unflatten_dict(flat, sep="/"), _conversion(metadata[_OURS])
+    params = unflatten_dict(flat, sep="/")
+    return params, _conversion(metadata[OURS], params, path)
 
 
 def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
@@ -132,17 +133,28 @@ def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
-def _conversion(text: str) -> Conversion | None:
-    return None if text == "null" else Conversion.from_json(text)
+def _conversion(
+    text: str, params: Mapping[str, Any], path: pathlib.Path
+) -> Conversion | None:
+    if text == "null":
+        return None
+    try:
+        conversion = Conversion.from_json(text)
+        conversion.state_dict(params)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} has no conversion of its parameters: {error}"
+        ) from error
+    return conversion
 
 
 def _restore(path: pathlib.Path) -> tuple[dict[str, Any], Conversion | None]:
     import orbax.checkpoint as ocp
 
-    if not (path / _ORBAX).exists():
+    if not (path / ORBAX).exists():
         raise ValueError(f"{str(path)!r} must be an Orbax checkpoint.")
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path.absolute()).item_metadata
@@ -153,8 +165,9 @@ def _restore(path: pathlib.Path) -> tuple[dict[str, Any], Conversion | None]:
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
         )
         params = checkpointer.restore(path.absolute(), restore_args=wanted)
-    ours = path / _OURS_IN_FOLDER
-    return params, _conversion(ours.read_text()) if ours.exists() else None
+    ours = path / OURS_IN_FOLDER
+    text = ours.read_text() if ours.exists() else "null"
+    return params, _conversion(text, params, ours)
 
 
 def _flat(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -192,7 +205,10 @@ def _replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
         )
     folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     new, old = folder / path.name, folder / "replaced"
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError as error:  # by the name that the caller knows
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         yield new
         for written in [*new.rglob("*"), new]:

@@ -23,6 +23,7 @@ def test_a_training_checkpoint(tmp_path, monkeypatch, capsys):
     weight = params["in_proj_weight"].reshape(24, 8)
     assert torch.equal(torch.tensor(weight), average.in_proj_weight)
     assert main(["verify", "training.pt", "flax"]) == 1  # with the other
-    capsys.readouterr()
+    hint = "Each of model, model_ema may be the --wrapper."
+    assert hint in capsys.readouterr().out
     assert main(["verify", "training.pt", "flax", *wrapper]) == 0
     assert re.search(r" 2 +\d\.\de-1\d +\d\.\de-1\d +yes", capsys.readouterr().out)

@@ -38,6 +38,10 @@ DECODER = dict(
     dim_feedforward=8,
 )
 EMBEDDINGS = {r".*(token|position)_embedding": "embedding"}
+SWIN_ATTENTION = {
+    r".*\.self\.(query|key|value)": "kernel",
+    r".*\.self\..*bias(_table)?": "weight",
+}
 QUERIES = {
     r".*downsample\.reduction": "kernel",
     r".*(level_embed|queries_\w+)": "embedding",
@@ -107,11 +111,14 @@ def oneformer():
 CLIENTS = {
     "siglip": (siglip, None, EMBEDDINGS),
     "siglip2": (siglip2, None, EMBEDDINGS),
-    "mask2former": (mask2former, 4, QUERIES),
+    "mask2former": (mask2former, 4, QUERIES | SWIN_ATTENTION),
     "oneformer": (
         oneformer,
         {r"text_mapper\..*": 2, ".*": 4},
-        QUERIES | EMBEDDINGS | {r"text_mapper\.prompt_ctx": "embedding"},
+        QUERIES
+        | SWIN_ATTENTION
+        | EMBEDDINGS
+        | {r"text_mapper\.prompt_ctx": "embedding"},
     ),
 }
 

@@ -252,8 +252,13 @@ LOOK_ALIKES = {
     ),
     "gpt2": (
         {"c_attn.weight": torch.ones(6, 18), "c_proj.weight": torch.ones(6, 6)},
-        "c_attn.weight belongs to GPT-2's attention, which stores its weights "
-        "transposed",
+        "c_attn.weight belongs to GPT-2's attention (some store its weights "
+        "transposed)",
+    ),
+    "bert": (
+        {f"{name}.weight": torch.ones(6, 6) for name in ("query", "key", "value")},
+        "query.weight belongs to an attention as BERT's, whose output layer is "
+        "elsewhere",
     ),
 }
 
@@ -269,6 +274,13 @@ def test_look_alikes_are_told_with_the_reason_and_never_converted(state_dict, re
         plan_tree(state_dict, 3)
     assert f"of what only looks like attention: {found.keys[0]}" in str(raised.value)
     assert str(raised.value).endswith(f"\n  'attn': {reason}")
+
+
+def test_a_query_alone_is_no_attention():
+    state_dict = {"detr.query.weight": torch.ones(5, 6)}
+    assert find_look_alikes(state_dict) == []
+    conversion = plan_tree(state_dict, kinds={r".*\.query": "embedding"})
+    assert conversion.entries[0].path == "detr/query/embedding"
 
 
 def test_a_look_alike_is_converted_as_what_the_caller_says_it_is():
@@ -436,7 +448,12 @@ NEIGHBOURS = {
         normal(2, 3, 4),
         {},
     ),
-    "conv1d": (lambda: torch.nn.Conv1d(4, 4, 3), conv(3), normal(2, 7, 4), {}),
+    "conv1d": (
+        lambda: torch.nn.Conv1d(4, 4, 3),
+        conv(3),
+        normal(2, 7, 4),
+        {"layer": "kernel"},
+    ),
     "conv2d": (
         lambda: torch.nn.Conv2d(4, 6, (3, 2), bias=False),
         conv(3, 2, features=6, use_bias=False),
@@ -622,6 +639,17 @@ def test_a_target_in_flaxs_boxes():
     assert convert_tree({"head.weight": torch.ones(2, 3)}, target=wanted)
 
 
+def test_a_transposed_convolution_is_told_by_its_bias():
+    state_dict = torch.nn.ModuleDict({"up": torch.nn.ConvTranspose2d(4, 6, 2)})
+    params = convert_tree(state_dict.state_dict())
+    assert params["up"]["kernel"].shape == (2, 2, 6, 4)
+
+
+def test_integers_are_parameters_if_the_caller_says_so():
+    params = convert_tree({"ids": np.arange(3)}, kinds={"ids": "weight"})
+    np.testing.assert_array_equal(params["ids"], np.arange(3))
+
+
 def test_numbers_in_paths():
     state_dict = {
         "0.weight": torch.ones(2),
@@ -648,6 +676,10 @@ LAYER = {
 }
 BELOW = {f"a.{name}": array for name, array in LAYER.items()}
 STACK = {"h.0.weight": np.zeros(2, "f"), "h.1.weight": np.zeros(2, "f")}
+DOUBT = (
+    "state_dict must leave no doubt what its tensors are (say so in kinds, as "
+    '{".*lm_head": "kernel"}, or in ignore, or give a target), but'
+)
 WRONG = {
     "not_a_mapping": (
         dict(state_dict=[1]),
@@ -684,6 +716,16 @@ WRONG = {
         TypeError,
         "num_heads must be an integer, got 3.0 for 'a'.",
     ),
+    "heads_a_truth_value": (
+        dict(state_dict=BELOW, num_heads=True),
+        TypeError,
+        "num_heads must be an integer, got True for 'a'.",
+    ),
+    "stack_a_string": (
+        dict(state_dict=STACK, stack="h"),
+        TypeError,
+        "stack must be several modules, got the string 'h'.",
+    ),
     "ignore_a_string": (
         dict(state_dict=LINEAR, ignore="l.bias"),
         TypeError,
@@ -707,6 +749,17 @@ WRONG = {
         "rename must have replacements as re.sub takes them, got '\\\\9' for 'l': "
         "invalid group reference 9 at position 1.",
     ),
+    "rename_nothing": (
+        dict(state_dict=LINEAR, rename={"^l": "m", "^m$": "n", r"\.weight": ""}),
+        ValueError,
+        "rename must have patterns that change some name in Flax, as "
+        r"'encoder.layers.0.linear1.kernel', got '^m$', '\\.weight'.",
+    ),
+    "rename_to_nothing": (
+        dict(state_dict=LINEAR, rename={"^l": ""}),
+        ValueError,
+        "rename must leave something between the dots of 'l.kernel', got '.kernel'.",
+    ),
     "kind_of_another_rank": (
         dict(state_dict=LINEAR, kinds={"l": "scale"}),
         ValueError,
@@ -723,10 +776,50 @@ WRONG = {
             }
         ),
         ValueError,
-        "state_dict must leave no doubt what its tensors are (say so in kinds, as "
-        '{".*lm_head": "kernel"}, or in ignore, or give a target), but\n'
-        "  a Linear's or an Embedding's: l.weight; transposed.weight\n"
+        f"{DOUBT}\n"
+        "  a Linear's or an Embedding's: l.weight\n"
+        "  not stored as a Linear's or Conv's with that bias: transposed.weight\n"
         "  not parameters, but BatchNorm's: bn.running_mean",
+    ),
+    "integers": (
+        dict(state_dict={"position_ids": np.arange(3), "seen": np.array(True)}),
+        ValueError,
+        f"{DOUBT}\n  of integers or truth values: position_ids; seen",
+    ),
+    "three_axes_and_norms": (
+        dict(
+            state_dict={
+                "bilinear.weight": np.zeros((4, 3, 2), "f"),
+                "bilinear.bias": np.zeros(4, "f"),
+                "norm2d.weight": np.zeros((1, 4, 1, 1), "f"),
+                "grouped_transpose.weight": np.zeros((4, 3, 2, 2), "f"),
+                "grouped_transpose.bias": np.zeros(6, "f"),
+            }
+        ),
+        ValueError,
+        f"{DOUBT}\n"
+        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight; norm2d.weight\n"
+        "  not stored as a Linear's or Conv's with that bias: grouped_transpose.weight",
+    ),
+    "kernel_of_gpt2": (
+        dict(
+            state_dict={"c.weight": np.zeros((5, 6)), "c.bias": np.zeros(6)},
+            kinds={"c": "kernel"},
+        ),
+        ValueError,
+        "kinds must not say 'kernel' of c.weight: of shape (5, 6) beside a bias of "
+        "(6,), it is not stored as a Linear or Conv is (GPT-2's Conv1D is stored "
+        "transposed). Say 'weight' to take it as it is, or rearrange it first.",
+    ),
+    "kernel_of_layer_norm_2d": (
+        dict(
+            state_dict=dict.fromkeys(["n.weight", "n.bias"], np.zeros((1, 4, 1, 1))),
+            kinds={"n": "kernel"},
+        ),
+        ValueError,
+        "kinds must not say 'kernel' of n.weight: of shape (1, 4, 1, 1) beside a bias "
+        "of (1, 4, 1, 1), it is not stored as a Linear or Conv is (GPT-2's Conv1D is "
+        "stored transposed). Say 'weight' to take it as it is, or rearrange it first.",
     ),
     "torn_apart": (
         dict(state_dict=BELOW, num_heads=3, rename={"in_proj": "qkv"}),
@@ -748,7 +841,7 @@ WRONG = {
         dict(state_dict={"a": np.zeros(2), "a.b": np.zeros(2)}),
         ValueError,
         "state_dict must give each path one parameter (see rename and stack), but\n"
-        "  taken twice: a (of a)",
+        "  taken twice: a (of a, a.b)",
     ),
     "target": (
         dict(
@@ -1022,4 +1115,14 @@ NOT_STOCK = {
 def test_trees_that_the_other_side_cannot_have_are_refused(call, text):
     with pytest.raises(ValueError) as raised:
         call()
+    assert str(raised.value) == text
+
+
+@pytest.mark.parametrize(
+    "call, argument", [(convert.to_stock, "params"), (convert.from_stock, "tree")]
+)
+def test_a_tree_must_be_a_mapping(call, argument):
+    with pytest.raises(TypeError) as raised:
+        call([1])
+    text = f"{argument} must be nested dicts of arrays, got <class 'list'>."
     assert str(raised.value) == text
