@@ -207,8 +207,8 @@ ERRORS = {
     ),
     "unclear": (
         ["convert", "model.safetensors", "out", "--num-heads", "2"],
-        "(say so by --kind '.*lm_head=kernel', or by --ignore), but\n"
-        "  a Linear's or an Embedding's: model.embed.weight",
+        "(say so by --kind '.*lm_head=kernel', or by --ignore), but "
+        "a Linear's or an Embedding's: model.embed.weight",
     ),
     "exists": (
         ["convert", "model.safetensors", "plain.safetensors", *OPTIONS],
@@ -293,7 +293,7 @@ def test_an_error_is_told_and_leaves_nothing(folder, capsys, argv, message):
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("flax-mha: ")
+    assert err.startswith("flax-mha: ") and err.count("\n") == 1
     assert message in err
     assert files_below(folder) == before
 

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"flax-mha: {_commands.message(error)}", file=sys.stderr)
+        one_line = " ".join(_commands.message(error).split())
+        print(f"flax-mha: {one_line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flax-mha: interrupted", file=sys.stderr)
