@@ -959,6 +959,6 @@ def test_file_of_unknown_kind():
     assert_raises(
         ValueError,
         "path must be a folder or end in .safetensors, .index.json or one of "
-        ".pt, .pth, .bin, .ckpt, got 'layer.npz'.",
+        ".pt, .pth, .bin, .ckpt, .pt.tar, .pth.tar, got 'layer.npz'.",
         lambda: read_state_dict("layer.npz"),
     )
