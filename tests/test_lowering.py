@@ -84,7 +84,8 @@ def test_a_program_for_an_nvidia_gpu_is_lowered_here_with_cudnn(
 
 
 def test_a_program_for_a_mesh_without_devices_can_be_lowered():
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(auto,))
     sharding = NamedSharding(mesh, P("data"))
     q = jax.ShapeDtypeStruct((4, 128, 8, 64), jnp.bfloat16, sharding=sharding)
     for platform in ("cpu", "cuda", "tpu"):
