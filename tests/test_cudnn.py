@@ -436,6 +436,19 @@ def test_the_gradient_of_a_mask_is_not_computed_for_nobody(monkeypatch):
     assert d_bias == () and wanted == [False, False]
 
 
+def test_lengths_are_of_all_queries_and_of_the_keys_to_read(monkeypatch):
+    given = []
+    fused = _cudnn_calls._fused()
+    primitive = types.SimpleNamespace(bind=lambda *args, **_: given.extend(args))
+    monkeypatch.setattr(fused, "_dot_product_attention_fwd_p", primitive)
+    query, key = jnp.ones((3, 8, 2, 64)), jnp.ones((3, 12, 2, 64))
+    lengths = jnp.array([12, 5, 1], jnp.int32)
+    operands = (query, key, key, None, lengths)
+    _cudnn_calls._bind("fwd", operands, is_causal=False, is_training=True)
+    np.testing.assert_array_equal(given[4], [8, 8, 8])
+    np.testing.assert_array_equal(given[5], lengths)
+
+
 def test_this_jax_calls_cudnn_as_expected():
     assert cudnn.missing() is None
 

@@ -83,6 +83,21 @@ def test_a_program_for_an_nvidia_gpu_is_lowered_here_with_cudnn(
     assert [line.count("tensor<4xi32>") for line in calls] == [2 * (length % 2)] * 2
 
 
+@pytest.mark.parametrize("argnum, wanted", [(0, False), (3, True)], ids=["q", "mask"])
+def test_the_gradient_of_a_float_mask_is_computed_if_anybody_wants_it(argnum, wanted):
+    def loss(query, key, value, bias):
+        out = attend(query, key, value, Mask(attn_bias=(bias,)))
+        return jnp.sum(out.astype("float32"))
+
+    q = jax.ShapeDtypeStruct((4, 128, 8, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 1, 128, 128), jnp.bfloat16)
+    traced = jax.jit(jax.grad(loss, argnum)).trace(q, q, q, bias)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [x for x in text.splitlines() if "fmhaScaleBiasSoftmaxBackward" in x]
+    results = call.rpartition("->")[2]
+    assert ("tensor<1x1x128x128xbf16>" in results) == wanted
+
+
 def test_a_program_for_a_mesh_without_devices_can_be_lowered():
     auto = jax.sharding.AxisType.Auto
     mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(auto,))
