@@ -1,17 +1,24 @@
 """Multi-head attention on PyTorch's arguments: check, project, mask, attend, project.
 
-What the modules and `functional` share. Parameters come by PyTorch's name in the
+What the modules and `functional` share. To the projections, the values of a
+`RaggedArray` are one long sequence. Parameters come by PyTorch's name in the
 shapes of `_params`; the number of heads is one of their axes.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks, _dispatch
+from flax_mha import _checks, _dispatch, _ragged_checks
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask, from_torch_masks
+from flax_mha._padded import Extra
 from flax_mha._params import SEPARATE_WEIGHTS
+from flax_mha._ragged import RaggedArray
 from flax_mha._typing import (
     Array,
     ArrayLike,
@@ -30,10 +37,10 @@ from flax_mha._typing import (
 
 def multi_head_attention(
     params: Params,
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    key_padding_mask: ArrayLike | None = None,
+    query: ArrayLike | RaggedArray,
+    key: ArrayLike | RaggedArray,
+    value: ArrayLike | RaggedArray,
+    key_padding_mask: ArrayLike | RaggedArray | None = None,
     attn_mask: ArrayLike | None = None,
     *,
     batch_first: bool,
@@ -47,7 +54,7 @@ def multi_head_attention(
     dtype: DType | None = None,
     precision: Precision = None,
     implementation: str | None = None,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array | RaggedArray, Array | None]:
     """Computes `torch.nn.MultiheadAttention.forward`; see `MultiheadAttention`.
 
     Args:
@@ -70,60 +77,115 @@ def multi_head_attention(
         and key_padding_mask is None
         and not need_weights
     )
+    is_ragged = any(isinstance(x, RaggedArray) for x in (query, key, value))
+    inputs = (query, key, value, key_padding_mask)
+    statics = dict(static_k=static_k, static_v=static_v)
+    if is_ragged:
+        _ragged_checks.call(*inputs, attn_mask, **statics)
     _checks.call(
-        query,
-        key,
-        value,
-        key_padding_mask,
+        *map(_stand_in, inputs),
         attn_mask,
         features=(num_heads * head_dim, *_source_features(params)),
         num_heads=num_heads,
-        batch_first=batch_first,
+        batch_first=batch_first or is_ragged,
         any_mask_shape=replace_mask,
-        static_k=static_k,
-        static_v=static_v,
+        **statics,
     )
 
-    dtype = jnp.result_type(query, key, value, *params.values()) if not dtype else dtype
+    query_key_value = [x.values if is_ragged else x for x in (query, key, value)]
+    if not dtype:
+        dtype = jnp.result_type(*query_key_value, *params.values())
     params = {name: jnp.asarray(param, dtype) for name, param in params.items()}
-    unbatched = query.ndim == 2
     q, k, v = _project(
         params, *_batch_first(query, key, value, batch_first, dtype), precision
     )
     k = k if static_k is None else _split_rows(static_k, q)
     v = v if static_v is None else _split_rows(static_v, q)
-    src_len = k.shape[1]
-    k, v = _with_extra_columns(params, k, v, add_zero_attn)
+    extra = _extra_columns(params, add_zero_attn, k.dtype)
     if replace_mask:
+        if is_ragged:
+            _ragged_checks.no_hint_over(extra.key.shape[0], attn_mask)
         # PyTorch lays this mask over the extra columns too.
         mask = Mask(is_causal=True)
     else:
         mask = from_torch_masks(
-            key_padding_mask,
+            _padded_mask(key_padding_mask),
             attn_mask,
-            batch=q.shape[0],
+            batch=len(query) if is_ragged else q.shape[0],
             num_heads=num_heads,
             is_causal=is_causal and attn_mask is None,
-            open_columns=k.shape[1] - src_len,
+            open_columns=extra.key.shape[0],
         )
 
-    attended, weights = _dispatch.dot_product_attention(
-        q,
-        k,
-        v,
-        mask,
+    options = dict(
         scale=1 / math.sqrt(head_dim),
         dropout=dropout,
         weights=("mean" if average_attn_weights else "heads") if need_weights else None,
         precision=precision,
         implementation=implementation,
     )
+    if is_ragged:
+        attended, weights = ragged_dot_product_attention(
+            query,
+            key,
+            [value, key_padding_mask],
+            (q[0], k[0], v[0]),
+            mask,
+            extra,
+            **options,
+        )
+        attended = attended[None]
+    else:
+        k, v = extra.append_to(k, v)
+        attended, weights = _dispatch.dot_product_attention(q, k, v, mask, **options)
     bias = params.get("out_proj.bias")
     bias = None if bias is None else bias[None, None]
     out = _linear("bqhd,ehd->bqe", attended, params["out_proj.weight"], bias, precision)
-    if unbatched:
+    if is_ragged:
+        return dataclasses.replace(query, values=out[0]).only_tokens(), weights
+    if query.ndim == 2:
         return out[0], None if weights is None else weights[0]
     return out if batch_first else out.swapaxes(0, 1), weights
+
+
+def ragged_dot_product_attention(
+    query: RaggedArray,
+    key: RaggedArray,
+    like_key: Sequence[RaggedArray | None],
+    projected: tuple[Array, Array, Array],
+    mask: Mask,
+    extra: Extra,
+    **options: Any,
+) -> tuple[Array, Array | None]:
+    """Attends within each element; see `_dispatch.ragged_dot_product_attention`.
+
+    Args:
+        query, key: For their offsets.
+        like_key: What must have the offsets of `key`. Where that is not known before
+            it runs, all results are NaN if not.
+        projected: Queries, keys and values, (tokens, heads, dim).
+    """
+    q, k, v = projected
+    v = jnp.where(key.has_offsets_of(like_key), v, jnp.nan)
+    return _dispatch.ragged_dot_product_attention(
+        dataclasses.replace(query, values=q),
+        dataclasses.replace(key, values=k),
+        dataclasses.replace(key, values=v),
+        mask,
+        extra,
+        same_lengths=query.offsets is key.offsets,
+        **options,
+    )
+
+
+def _stand_in(x: Any) -> Any:
+    """Returns what has the shape that a `RaggedArray` has with padding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, RaggedArray) else x
+
+
+def _padded_mask(key_padding_mask: Any) -> Any:
+    is_ragged = isinstance(key_padding_mask, RaggedArray)
+    return key_padding_mask.to_padded() if is_ragged else key_padding_mask
 
 
 def _source_features(params: Params) -> tuple[int, int]:
@@ -141,11 +203,18 @@ def _split_rows(static: ArrayLike, like: QueryHeads) -> KeyHeads:
 
 
 def _batch_first(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, batch_first: bool, dtype: DType
+    query: ArrayLike | RaggedArray,
+    key: ArrayLike | RaggedArray,
+    value: ArrayLike | RaggedArray,
+    batch_first: bool,
+    dtype: DType,
 ) -> tuple[Query, Key, Value]:
     """Returns (batch, length, features) arrays; the same one for the same input."""
 
     def move(x):
+        if isinstance(x, RaggedArray):
+            # What is in the slack would be in the gradient of the weights.
+            return jnp.asarray(x.only_tokens().values, dtype)[None]
         x = jnp.asarray(x, dtype)
         if x.ndim == 2:
             return x[None]
@@ -194,20 +263,15 @@ def _linear(
     return out.astype(x.dtype)
 
 
-def _with_extra_columns(
-    params: Params, k: KeyHeads, v: ValueHeads, add_zero_attn: bool
-) -> tuple[KeyHeads, ValueHeads]:
-    """Appends bias_k and bias_v, then zeros, as keys and values every query sees."""
-    batch, _, num_heads, head_dim = k.shape
-
-    def append(x, column):
-        column = column.reshape(1, -1, num_heads, head_dim)
-        column = jnp.broadcast_to(column, (batch, *column.shape[1:]))
-        return jnp.concatenate([x, column], axis=1)
-
+def _extra_columns(params: Params, add_zero_attn: bool, dtype: DType) -> Extra:
+    """Returns bias_k and bias_v, then zeros: keys and values that every query sees."""
+    heads = params["out_proj.weight"].shape[1:]
+    nothing = jnp.zeros((0, *heads), dtype)
+    keys, values = [nothing], [nothing]
     if "bias_k" in params:
-        k, v = append(k, params["bias_k"]), append(v, params["bias_v"])
+        keys.append(params["bias_k"].reshape(-1, *heads))
+        values.append(params["bias_v"].reshape(-1, *heads))
     if add_zero_attn:
-        zero = jnp.zeros((num_heads, head_dim), k.dtype)
-        k, v = append(k, zero), append(v, zero)
-    return k, v
+        keys.append(jnp.zeros((1, *heads), dtype))
+        values.append(jnp.zeros((1, *heads), dtype))
+    return Extra(jnp.concatenate(keys), jnp.concatenate(values))

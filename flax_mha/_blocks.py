@@ -18,6 +18,9 @@ from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
 from flax_mha._typing import Array, MaskArray
 
+# 64 MiB of them, which the vector memory of a TPU can hold.
+WHOLE_LOGITS = 2**24
+
 
 class BlockSizes(NamedTuple):
     """Sizes of a block of logits."""
@@ -71,7 +74,7 @@ def block_sizes(
 
 
 def _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal):
-    logits = 2**24 // max(batch * heads, 1)
+    logits = WHOLE_LOGITS // max(batch * heads, 1)
     if tgt_len * src_len <= logits:
         return BlockSizes(batch, heads, max(tgt_len, 1), max(src_len, 1))
     rows = _even_split(tgt_len, 128)
@@ -159,41 +162,41 @@ class Blocks:
         """Returns the block's part of (batch, tgt, heads, dim)."""
         b, h, rows, _ = self.sizes
         start = (corner.batch, corner.row, corner.head, 0)
-        return _slice(x, start, (b, rows, h, x.shape[3])).swapaxes(1, 2)
+        return slice_at(x, start, (b, rows, h, x.shape[3])).swapaxes(1, 2)
 
     def columns(self, x: Array, corner: "Corner", column, columns: int) -> Array:
         """Returns the block's part of (batch, src, heads, dim)."""
         b, h, _, _ = self.sizes
         start = (corner.batch, column, corner.head, 0)
-        return _slice(x, start, (b, columns, h, x.shape[3])).swapaxes(1, 2)
+        return slice_at(x, start, (b, columns, h, x.shape[3])).swapaxes(1, 2)
 
     def write_rows(self, x: Array, part: Array, corner: "Corner") -> Array:
         """Returns (batch, tgt, heads, dim) with the block's part replaced."""
         start = (corner.batch, corner.row, corner.head, 0)
-        return _update(x, part.swapaxes(1, 2).astype(x.dtype), start)
+        return update_at(x, part.swapaxes(1, 2).astype(x.dtype), start)
 
     def add_rows(self, x: Array, part: Array, corner: "Corner") -> Array:
         start = (corner.batch, corner.row, corner.head, 0)
-        return _add(x, part.swapaxes(1, 2), start)
+        return add_at(x, part.swapaxes(1, 2), start)
 
     def add_columns(self, x: Array, part: Array, corner: "Corner", column) -> Array:
         """Returns (batch, heads, dim, src) with `part` added."""
-        return _add(x, part, (corner.batch, corner.head, 0, column))
+        return add_at(x, part, (corner.batch, corner.head, 0, column))
 
     def read(self, x: Array, corner: "Corner", columns: int, column=0) -> Array:
         """Returns the block's part of (#batch, #heads, #tgt, src)."""
         start = [0 if x.shape[n] == 1 else at for n, at in enumerate(corner.at(column))]
         sizes = (*self.sizes[:3], columns)
-        return _slice(x, start, tuple(map(min, x.shape, sizes)))
+        return slice_at(x, start, tuple(map(min, x.shape, sizes)))
 
     def write(self, x: Array, part: Array, corner: "Corner") -> Array:
-        return _update(x, part.astype(x.dtype), corner.at())
+        return update_at(x, part.astype(x.dtype), corner.at())
 
     def add(self, x: Array, part: Array, corner: "Corner", column=0) -> Array:
         """Returns `x` plus `part`, which is summed over the axes `x` has only 1 of."""
         axes = tuple(n for n, full in enumerate(x.shape) if full == 1)
         start = [0 if n in axes else at for n, at in enumerate(corner.at(column))]
-        return _add(x, jnp.sum(part, axis=axes, keepdims=True), start)
+        return add_at(x, jnp.sum(part, axis=axes, keepdims=True), start)
 
     def dropped(self, corner: "Corner", column, *probs: Array) -> tuple[Array, ...]:
         """Returns each of these after the same dropout."""
@@ -274,16 +277,19 @@ class Corner(NamedTuple):
         return self.batch, self.head, self.row, column
 
 
-def _slice(x: Array, start: Sequence, sizes: Sequence[int]) -> Array:
+def slice_at(x: Array, start: Sequence, sizes: Sequence[int]) -> Array:
+    """Returns the part of these sizes that begins at `start`."""
     return lax.dynamic_slice(x, [jnp.int32(first) for first in start], sizes)
 
 
-def _update(x: Array, part: Array, start: Sequence) -> Array:
+def update_at(x: Array, part: Array, start: Sequence) -> Array:
+    """Returns `x` with `part` in its place."""
     return lax.dynamic_update_slice(x, part, [jnp.int32(first) for first in start])
 
 
-def _add(x: Array, part: Array, start: Sequence) -> Array:
-    return _update(x, _slice(x, start, part.shape) + part, start)
+def add_at(x: Array, part: Array, start: Sequence) -> Array:
+    """Returns `x` with `part` added in its place."""
+    return update_at(x, slice_at(x, start, part.shape) + part, start)
 
 
 def _iota(size: int, axis: int) -> Array:

@@ -53,7 +53,7 @@ def floating_dtype(name: str, dtype: DType) -> None:
 
 def probability(name: str, value: float) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a Python float, got {_describe(value)}.")
+        raise TypeError(f"{name} must be a Python float, got {describe(value)}.")
     if math.isnan(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a probability from 0 to 1, got {value}.")
 
@@ -64,7 +64,7 @@ def python_bools(**flags: bool) -> None:
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(
                 f"{name} must be a Python bool, known when tracing; "
-                f"got {_describe(flag)}."
+                f"got {describe(flag)}."
             )
 
 
@@ -163,7 +163,7 @@ def mask_dtypes(true_means: str = "may not attend", **masks: ArrayLike | None) -
     for name, mask in masks.items():
         if mask is None:
             continue
-        _array(name, mask)
+        an_array(name, mask)
         if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
             raise TypeError(
                 f"{name} must be boolean (True = {true_means}) or floating point "
@@ -431,12 +431,12 @@ def mergeable_masks(
     attn_mask: ArrayLike | None, key_padding_mask: ArrayLike | None, query: ArrayLike
 ) -> None:
     """Checks a call of `MultiheadAttention.merge_masks`."""
-    _array("query", query)
+    an_array("query", query)
     for name, mask in dict(
         attn_mask=attn_mask, key_padding_mask=key_padding_mask
     ).items():
         if mask is not None:
-            _array(name, mask)
+            an_array(name, mask)
     if query.ndim != 3:
         raise ValueError(
             "query must be 3-D, (batch, length, embed_dim), to merge masks; "
@@ -467,19 +467,20 @@ def _has_shape(array: ArrayLike, wanted: tuple[int | None, ...]) -> bool:
 
 
 def _floating(name: str, array: ArrayLike | None) -> ArrayLike:
-    array = _array(name, array)
+    array = an_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must have a floating-point dtype, got {array.dtype}.")
     return array
 
 
-def _array(name: str, array: Any) -> ArrayLike:
-    if not isinstance(array, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be a JAX or NumPy array, got {_describe(array)}.")
+def an_array(name: str, array: Any) -> ArrayLike:
+    # A struct has the shape that an array would have, which is not there.
+    if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}.")
     return array
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray):
         return f"an array of shape {value.shape}"
     if value is None or isinstance(value, str | numbers.Number):

@@ -6,6 +6,7 @@ pass is the arguments, the result and the log of each row's sum, whichever kerne
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from flax_mha import _checks
-from flax_mha._blocks import varying, varying_axes
+from flax_mha import _checks, _padded
+from flax_mha._blocks import WHOLE_LOGITS, varying, varying_axes
 from flax_mha._dropout import Dropout
-from flax_mha._kernels import KERNELS, blockwise, reference
+from flax_mha._kernels import KERNELS, blockwise, ragged, reference
 from flax_mha._lowering import ANY, Target, at_lowering
 from flax_mha._masks import Mask
+from flax_mha._ragged import RaggedArray
 from flax_mha._typing import (
     Array,
     KeyHeads,
@@ -50,6 +52,8 @@ class Plan(NamedTuple):
     precision: Precision
     implementation: str | None
     reasons: tuple[tuple[str, Reasons], ...]  # by kernel
+    # Of `RaggedArray`s: whether queries and keys have the same offsets. Else None.
+    same_lengths: bool | None = None
 
     def kernel(self, target: Target) -> str:
         """Returns the name of the kernel that runs on `target`."""
@@ -72,6 +76,13 @@ class Plan(NamedTuple):
         unnamed = reasons.unnamed if self.implementation is None else None
         divided = reasons.divided if target.partitioned else None
         return reasons.never or unnamed or divided
+
+    def is_padded(self, target: Target) -> bool:
+        """Whether the kernel gets padded arrays, though the call's are ragged."""
+        if target == ANY or self.kernel(target) != "blockwise":
+            return True
+        # As few logits as fit into one block: faster than to look for the elements.
+        return _is_whole(target) and math.prod(self.logits) <= WHOLE_LOGITS
 
 
 def dot_product_attention(
@@ -100,31 +111,93 @@ def dot_product_attention(
     """
     _checks.one_of("implementation", implementation, KERNELS)
     if implementation == "reference":
-        return _by_definition(
-            query, key, value, mask, scale, dropout, weights, precision
+        out, _, weights = _by_definition(weights, precision)(
+            query, key, value, mask, scale, dropout
         )
+        return out, weights
     _checks.no_explicit_sharding(query=query, key=key, value=value)
-    if precision is None:  # kernels are traced later, outside of this context
-        precision = jax.config.jax_default_matmul_precision  # pyright: ignore
     plan = _plan(query, key, value, mask, dropout, weights, precision, implementation)
+    query, factor = _scaled(query, scale)
+    return _run(plan, query, key, value, mask, factor, dropout)
+
+
+def ragged_dot_product_attention(
+    query: RaggedArray,
+    key: RaggedArray,
+    value: RaggedArray,
+    mask: Mask,
+    extra: _padded.Extra,
+    *,
+    scale: float,
+    same_lengths: bool,
+    dropout: Dropout | None = None,
+    weights: Literal["mean", "heads"] | None = None,
+    precision: Precision = None,
+    implementation: str | None = None,
+) -> tuple[Array, Weights | MeanWeights | None]:
+    """As `dot_product_attention`, within each element.
+
+    Args:
+        query, key, value: Of values (tokens, heads, dim).
+        mask: For the padded arrays, `max_len` long; `extra` are its open columns.
+        extra: Keys and values that all queries see.
+        same_lengths: Queries and keys have the same offsets.
+
+    Returns:
+        Values (tokens, heads, dim), 0 in the slack; and weights of the padded arrays,
+        0 in the padding.
+    """
+    _checks.one_of("implementation", implementation, KERNELS)
+    args = (key, value, mask, scale, dropout, extra)
+    if implementation == "reference":
+        attend = _by_definition(weights, precision)
+        out, _, weights_ = _padded.forward(
+            attend, query, *args, same_lengths=same_lengths
+        )
+        return out, weights_
+    _checks.no_explicit_sharding(query=query.values, key=key.values, value=value.values)
+    padded = jax.eval_shape(
+        functools.partial(_padded.arrays, same_lengths=same_lengths),
+        *(query, key, value, mask, extra),
+    )
+    plan = _plan(*padded, dropout, weights, precision, implementation)
+    unwise = _padded.unwise(query, key)
+    reasons = (
+        (name, r._replace(unnamed=r.unnamed or unwise)) for name, r in plan.reasons
+    )
+    plan = plan._replace(reasons=tuple(reasons), same_lengths=same_lengths)
+    values, factor = _scaled(query.values, scale)
+    query = dataclasses.replace(query, values=values)
+    return _run(plan, query, key, value, mask, factor, dropout, extra)
+
+
+def _scaled(query: Array, scale: float) -> tuple[Array, Array]:
+    """Returns the queries, and what to multiply the logits by."""
     factor = jnp.asarray(scale, accumulation_dtype(query.dtype))
     if query.dtype == factor.dtype:
         # Scaling the queries rounds no more than scaling all the logits would.
-        query, factor = query * factor, jnp.ones_like(factor)
-    args = (query, key, value, mask, factor, dropout)
+        return query * factor, jnp.ones_like(factor)
+    return query, factor
+
+
+def _run(plan: Plan, *args):
     # Inside `jax.shard_map`, the gradient of what all devices share is a sum over them,
     # which belongs to this cast.
     return _attend_jit(plan, *varying(args, varying_axes(args)))
 
 
-def _by_definition(query, key, value, mask, scale, dropout, weights, precision):
-    options = dict(scale=scale, dropout=dropout, precision=precision)
-    if weights is None:
-        return reference.attend(query, key, value, mask, **options), None
-    average = weights == "mean"
-    return reference.attend_with_weights(
-        query, key, value, mask, average=average, **options
-    )
+def _by_definition(weights: str | None, precision: Precision) -> Callable:
+    def attend(query, key, value, mask, scale, dropout):
+        options = dict(scale=scale, dropout=dropout, precision=precision)
+        args = (query, key, value, mask)
+        if weights is None:
+            return reference.attend(*args, **options), None, None
+        out, all_weights = reference.attend_with_weights(
+            *args, average=weights == "mean", **options
+        )
+        return out, None, all_weights
+
+    return attend
 
 
 def _plan(query, key, value, mask, dropout, weights, precision, implementation) -> Plan:
@@ -135,6 +208,8 @@ def _plan(query, key, value, mask, dropout, weights, precision, implementation) 
             return Reasons(never)
         return Reasons(None, kernel.unwise(*args), kernel.indivisible(*args))
 
+    if precision is None:  # kernels are traced later, outside of this context
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore
     batch, tgt_len, num_heads, _ = query.shape
     plan = Plan(
         logits=(batch, num_heads, tgt_len, key.shape[1]),
@@ -163,9 +238,30 @@ def _choose_forward(plan: Plan, target: Target) -> Callable:
         weights=plan.weights,
         whole=_is_whole(target),
     )
-    if name == "blockwise":
-        return plain
+    padded = plain if name == "blockwise" else _choose_fused(plan, name, plain)
+    if plan.same_lengths is None:
+        return padded
+    options = dict(same_lengths=plan.same_lengths)
+    if plan.is_padded(target):
+        return functools.partial(_padded.forward, padded, **options)
 
+    def ragged_blocks(*args):
+        out, lse = ragged.forward(
+            *args,
+            precision=plan.precision,
+            whole=_is_whole(target),
+            dead_is_zero=plan.weights is None,
+            **options,
+        )
+        weights = None
+        if plan.weights is not None:
+            _, _, weights = _padded.forward(plain, *args, **options)
+        return out, lse, weights
+
+    return ragged_blocks
+
+
+def _choose_fused(plan: Plan, name: str, plain: Callable) -> Callable:
     def fused(*args):
         out, lse = KERNELS[name].forward(*args, precision=plan.precision)
         if plan.weights is None:
@@ -186,15 +282,28 @@ def _backward(plan: Plan, args, out, lse, d_out, d_weights, with_bias: bool):
 
 def _choose_backward(plan: Plan, with_bias: bool, target: Target) -> Callable:
     name = plan.kernel(target)
+    options = dict(precision=plan.precision, with_bias=with_bias)
 
-    def gradients(args, out, lse, d_out, d_weights):
-        options = dict(precision=plan.precision, with_bias=with_bias)
+    def padded(args, out, lse, d_out, d_weights):
+        kernel, others = KERNELS[name], options
         if name == "blockwise" or d_weights is not None:
-            options |= dict(d_weights=d_weights, whole=_is_whole(target))
-            return KERNELS["blockwise"].backward(*args, out, lse, d_out, **options)
-        return KERNELS[name].backward(*args, out, lse, d_out, **options)
+            kernel = blockwise
+            others = options | dict(d_weights=d_weights, whole=_is_whole(target))
+        return kernel.backward(*args, out, lse, d_out, **others)
 
-    return gradients
+    if plan.same_lengths is None:
+        return padded
+
+    def of_ragged(args, out, lse, d_out, d_weights):
+        same_lengths = plan.same_lengths
+        if plan.is_padded(target) or d_weights is not None:
+            return _padded.backward(
+                *(padded, *args, out, lse, d_out, d_weights), same_lengths=same_lengths
+            )
+        others = options | dict(same_lengths=same_lengths, whole=_is_whole(target))
+        return ragged.backward(*args, out, lse, d_out, **others)
+
+    return of_ragged
 
 
 def _is_whole(target: Target) -> bool:
@@ -223,7 +332,7 @@ def _attend_bwd(plan, residuals, cotangents):
         d_out = jnp.zeros(out.shape, out.dtype)
     if isinstance(d_weights, SymbolicZero):
         d_weights = None
-    *gradients, d_bias, d_scale = _backward(
+    d_query, d_key, d_value, d_bias, d_scale, *d_extra = _backward(
         plan, args, out, lse, d_out, d_weights, with_bias=with_bias is not None
     )
     d_mask = dataclasses.replace(
@@ -232,7 +341,13 @@ def _attend_bwd(plan, residuals, cotangents):
         blocked=(None,) * len(args[3].blocked),
         attn_bias=d_bias or (None,) * len(args[3].attn_bias),
     )
-    return *gradients, d_mask, d_scale, None
+    gradients = d_query, d_key, d_value
+    if plan.same_lengths is not None:  # offsets have none
+        gradients = (
+            jax.tree.unflatten(jax.tree.structure(x), (d, None))
+            for x, d in zip(args[:3], gradients, strict=True)
+        )
+    return *gradients, d_mask, d_scale, None, *d_extra
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)

@@ -7,7 +7,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 LAYERS = [
     ["_typing"],
     ["_dropout", "_masks", "_checks", "_params"],
-    ["_blocks", "_cudnn_calls", "_lowering"],
+    ["_ragged_checks"],
+    ["_ragged", "_blocks", "_softmax", "_cudnn_calls", "_lowering"],
+    ["_padded"],
     ["_kernels"],
     ["_dispatch"],
     ["_attention", "_explain"],

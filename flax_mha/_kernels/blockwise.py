@@ -2,11 +2,6 @@
 
 The logits of one block exist at a time, in the forward and in the backward pass, so
 memory is linear in both lengths. The result is the definition's to rounding.
-
-Where one block of keys does not hold all of them, their softmax is built up with the
-running maximum and sum of Milakov and Gimelshein (arXiv:1805.02867). The backward pass
-recomputes the logits from what the forward pass kept, the log of each row's sum, as
-FlashAttention does (Dao et al., arXiv:2205.14135).
 """
 
 import functools
@@ -18,6 +13,7 @@ import jax.numpy as jnp
 from flax_mha._blocks import Blocks, block_sizes, is_padding, varying_axes
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
+from flax_mha._softmax import Rows, Running, delta_of, product
 from flax_mha._typing import (
     Array,
     KeyHeads,
@@ -52,15 +48,6 @@ class _Options(NamedTuple):
     precision: Precision
     whole: bool
     with_bias: bool = False
-
-
-class _Running(NamedTuple):
-    """A softmax under way; each is (batch, heads, rows, ...)."""
-
-    maximum: Array
-    total: Array
-    out: Array
-    exps: Array | None  # of the only block of keys, after dropout
 
 
 def forward(
@@ -102,17 +89,11 @@ def forward(
         n, head = n // n_heads, n % n_heads
         corner = blocks.corner(n // n_rows, head, n % n_rows)
         running = _attend_block(options, blocks, query, key, value, scale, corner)
-        total = running.total
-        maximum = running.maximum
-        if weights is None:
-            # A query allowed nothing: the backward pass finds all its probabilities 0.
-            maximum = jnp.where(total == 0, jnp.inf, maximum)
-            total = jnp.where(total == 0, 1, total)
-        out = blocks.write_rows(out, running.out / total, corner)
-        terms = jnp.concatenate([maximum, jnp.log(total)], axis=-1)
+        running, terms = running.finish(dead_is_zero=weights is None)
+        out = blocks.write_rows(out, running.out, corner)
         lse = blocks.write(lse, terms, corner)
         if all_weights is not None and running.exps is not None:
-            block = running.exps / total
+            block = running.exps
             if weights == "mean":
                 block = jnp.sum(block, axis=1, keepdims=True) / num_heads
                 before = blocks.read(all_weights, corner, src_len)
@@ -127,40 +108,26 @@ def forward(
     return out, lse, all_weights
 
 
-def _attend_block(options, blocks, query, key, value, scale, corner) -> _Running:
+def _attend_block(options, blocks, query, key, value, scale, corner) -> Running:
     """Returns the softmax and its product with the values for one block of rows."""
     q = blocks.rows(query, corner)
-    stats, dtype = (*q.shape[:3], 1), scale.dtype
-    running = _Running(
-        maximum=jnp.full(stats, -jnp.inf, dtype),
-        total=jnp.zeros(stats, dtype),
-        out=jnp.zeros((*q.shape[:3], value.shape[3]), dtype),
-        exps=None,
-    )
+    start = Running.start(q.shape[:3], value.shape[3], scale.dtype)
 
     def absorb(running, mask, column, columns):
         def compute():
             k = blocks.columns(key, corner, column, columns)
             v = blocks.columns(value, corner, column, columns)
-            logits = _logits(options, q, k, scale, mask, corner, column)
-            maximum = jnp.maximum(running.maximum, jnp.max(logits, -1, keepdims=True))
-            # As long as a row is allowed nothing, subtract 0: -inf - (-inf) is NaN.
-            shift = jnp.where(maximum == -jnp.inf, 0, maximum)
-            exps = jnp.exp(logits - shift)
-            total = jnp.sum(exps, axis=-1, keepdims=True)
-            (exps,) = blocks.dropped(corner, column, exps)
-            out = _product(options, "bhqk,bhkd->bhqd", exps, v)
-            decay = jnp.exp(running.maximum - shift)
-            return _Running(
-                maximum,
-                running.total * decay + total,
-                running.out * decay + out,
-                exps if options.weights else None,
+            return running.absorb(
+                _logits(options, q, k, scale, mask, corner, column),
+                v,
+                functools.partial(blocks.dropped, corner, column),
+                precision=options.precision,
+                keep_exps=options.weights is not None,
             )
 
         return blocks.unless_hidden(mask, corner, column, columns, compute, running)
 
-    return blocks.over_keys(absorb, running, corner)
+    return blocks.over_keys(absorb, start, corner)
 
 
 def backward(
@@ -226,29 +193,17 @@ def _keys_first(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2)
 
 
-class _Rows(NamedTuple):
-    """What the backward pass reads once for a block of rows."""
-
-    q: Array
-    lse: Array
-    d_out: Array
-    d_weights: Array | None
-    delta: Array | None  # the sum over all keys of probability times its cotangent
-
-
-def _read_rows(blocks, corner, query, out, lse, d_out, d_weights) -> _Rows:
+def _read_rows(blocks, corner, query, out, lse, d_out, d_weights) -> Rows:
     q, o, d_o = (blocks.rows(x, corner) for x in (query, out, d_out))
     terms = blocks.read(lse, corner, 2)
     if corner.is_new is not None:  # the other rows have passed theirs back already
         d_o = jnp.where(corner.is_new, d_o, 0)
     if d_weights is None:
-        delta = o.astype(lse.dtype) * d_o.astype(lse.dtype)
-        delta = jnp.sum(delta, axis=-1, keepdims=True)
-        return _Rows(q, terms, d_o, None, delta)
+        return Rows(q, terms, d_o, None, delta_of(o, d_o, lse.dtype))
     d_w = blocks.read(d_weights, corner, d_weights.shape[3]).astype(lse.dtype)
     if corner.is_new is not None:
         d_w = jnp.where(corner.is_new, d_w, 0)
-    return _Rows(q, terms, d_o, d_w, delta=None)
+    return Rows(q, terms, d_o, d_w, delta=None)
 
 
 def _pull_back(
@@ -260,23 +215,11 @@ def _pull_back(
         k = blocks.columns(key, corner, column, columns)
         v = blocks.columns(value, corner, column, columns)
         logits = _logits(options, rows.q, k, scale, mask, corner, column)
-        probs = jnp.exp(logits - rows.lse[..., :1] - rows.lse[..., 1:])
-        d_probs = _product(options, "bhqd,bhkd->bhqk", rows.d_out, v)
-        if rows.d_weights is not None:
-            d_probs = d_probs + rows.d_weights
-        dropped, d_probs = blocks.dropped(corner, column, probs, d_probs)
-        delta = rows.delta
-        if delta is None:  # there are weights, so this block holds whole rows
-            delta = jnp.sum(probs * d_probs, axis=-1, keepdims=True)
-        d_logits = probs * (d_probs - delta)
-        return (
-            _product(options, "bhqk,bhkd->bhqd", d_logits, k),
-            # Keys last: XLA's CPU matrix product runs at a third of its speed if the
-            # result is the other way round.
-            _product(options, "bhqd,bhqk->bhdk", rows.q, d_logits),
-            _product(options, "bhqd,bhqk->bhdk", rows.d_out, dropped),
-            d_logits if options.with_bias else None,
+        drop = functools.partial(blocks.dropped, corner, column)
+        *gradients, d_logits = rows.pull_back(
+            logits, k, v, drop, precision=options.precision
         )
+        return *gradients, d_logits if options.with_bias else None
 
     # Not zeros_like, which fails if `jax.shard_map` has some of the mesh's axes only.
     shapes = jax.eval_shape(compute)
@@ -311,20 +254,8 @@ def _blocks(options, query, key, value, mask, scale, dropout, *others) -> Blocks
 
 
 def _logits(options, q, k, scale, mask, corner, column) -> Array:
-    logits = _product(options, "bhqd,bhkd->bhqk", q, k) * scale
+    logits = product("bhqd,bhkd->bhqk", q, k, options.precision) * scale
     additive = mask.additive(
         *logits.shape[2:], logits.dtype, first_row=corner.row, first_column=column
     )
     return logits if additive is None else logits + additive
-
-
-def _product(options, equation: str, a: Array, b: Array) -> Array:
-    """Multiplies in the narrower dtype, the inputs' own, and sums in a wider one."""
-    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    return jnp.einsum(
-        equation,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=options.precision,
-        preferred_element_type=accumulation_dtype(dtype),
-    )

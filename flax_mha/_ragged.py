@@ -1,0 +1,319 @@
+"""`RaggedArray`: sequences of different lengths, end to end in one array."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_mha import _checks, _ragged_checks
+from flax_mha._ragged_checks import known
+from flax_mha._typing import Array, ArrayLike
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RaggedArray:
+    """A batch of sequences of different lengths, its *elements*, without padding.
+
+    What `torch.nested` with its jagged layout is in PyTorch. Tokens of all elements lie
+    end to end in `values`, which may be longer than needed: what lies outside of the
+    offsets is *slack*, and means nothing. So programs are compiled for a capacity and
+    a `max_len`, and run for all batches that fit. It is a pytree of both arrays.
+
+    `shape`, `ndim` and `dtype` are those of the array that `to_padded` returns.
+
+    Attributes:
+        values: (capacity, ...), each token's features.
+        offsets: (batch + 1,) int32, not decreasing: element `i` is
+            `values[offsets[i] : offsets[i + 1]]`. Under `jit`, where nobody can check
+            them, wrong ones give wrong results.
+        max_len: No element is longer. A Python integer, part of what is compiled for;
+            the capacity if None.
+
+    Raises:
+        TypeError: An attribute is not an array, or not of a dtype it can have.
+        ValueError: Shapes disagree, or offsets that are known are no such offsets.
+
+    >>> x = RaggedArray.from_list([np.ones((3, 8)), np.ones((5, 8))])
+    >>> x
+    RaggedArray(lengths=[3, 5], features=(8,), float32, capacity=8, max_len=8)
+    >>> x.map(jnp.tanh).to_padded().shape
+    (2, 8, 8)
+    """
+
+    values: Array
+    offsets: Array
+    max_len: int = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self):
+        _ragged_checks.attributes(self.values, self.offsets, self.max_len)
+        if self.max_len is None:
+            object.__setattr__(self, "max_len", self.capacity)
+
+    @classmethod
+    def from_list(
+        cls,
+        arrays: Sequence[ArrayLike],
+        *,
+        capacity: int | None = None,
+        max_len: int | None = None,
+    ) -> "RaggedArray":
+        """Lays arrays, (length, ...), end to end; `torch.nested.nested_tensor`.
+
+        They are put together on the host, unless this is traced.
+
+        Args:
+            arrays: At least one; of equal features and dtype.
+            capacity: Tokens to have room for. None: the sum of the lengths, rounded up
+                to one of eight sizes for each doubling (..., 4096, 4608, 5120, ...).
+            max_len: None: the longest length, rounded up to a power of two.
+
+        Raises:
+            TypeError: One is not an array.
+            ValueError: There is none, they differ, or they do not fit.
+        """
+        _ragged_checks.list_of_arrays(arrays)
+        lengths = [array.shape[0] for array in arrays]
+        capacity, max_len = _room(lengths, capacity, max_len)
+        is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+        library = jnp if is_traced else np
+        slack = (capacity - sum(lengths), *arrays[0].shape[1:])
+        values = [*map(library.asarray, arrays), np.zeros(slack, arrays[0].dtype)]
+        values = jnp.asarray(library.concatenate(values))
+        return cls(values, _offsets(np.array(lengths)), max_len)
+
+    @classmethod
+    def from_padded(
+        cls,
+        padded: ArrayLike,
+        lengths: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        *,
+        capacity: int | None = None,
+        max_len: int | None = None,
+    ) -> "RaggedArray":
+        """Leaves out the padding of a padded batch.
+
+        Args:
+            padded: (batch, length, ...).
+            lengths: (batch,) integers; the first tokens are kept.
+            key_padding_mask: (batch, length), boolean: **True is left out**, wherever
+                it is. Without this and lengths, all tokens are kept.
+            capacity: As of `from_list`; batch * length if the lengths are traced, so
+                that they fit in any case. If then a smaller one is given and too
+                small, all values, which must be floating point, are NaN.
+            max_len: None: length.
+
+        Raises:
+            TypeError: An argument is not an array, or not of a dtype it can have.
+            ValueError: Shapes disagree, or the tokens do not fit.
+        """
+        _ragged_checks.padding(padded, lengths, key_padding_mask)
+        batch, length = padded.shape[:2]
+        order = None
+        if key_padding_mask is not None:
+            lengths = length - key_padding_mask.sum(axis=1, dtype=np.int32)
+            order = jnp.argsort(jnp.asarray(key_padding_mask), axis=1, stable=True)
+        elif lengths is None:
+            lengths = np.full(batch, length, np.int32)
+        max_len = length if max_len is None else max_len
+        if known(lengths) is not None:
+            lengths, fits = known(lengths), True
+            capacity, max_len = _room(lengths, capacity, max_len)
+        else:
+            lengths = jnp.clip(lengths, 0, length)
+            capacity = batch * length if capacity is None else capacity
+            _ragged_checks.room([], capacity, max_len)
+            fits = (jnp.sum(lengths) <= capacity) & jnp.all(lengths <= max_len)
+            if capacity >= batch * length and max_len >= length:
+                fits = True
+        offsets = _offsets(lengths)
+        element, position = _where_tokens_are(jnp.asarray(offsets), capacity)
+        at = element, jnp.minimum(position, length - 1)
+        if order is not None:
+            at = element, order.at[at].get(mode="clip")
+        values = jnp.asarray(padded).at[at].get(mode="fill", fill_value=0)
+        if fits is not True:
+            _checks.floating(padded=values)
+            values = jnp.where(fits, values, jnp.nan)
+        return cls(values, offsets, max_len)
+
+    def to_padded(self, padding_value: Any = 0, max_len: int | None = None) -> Array:
+        """Returns (batch, max_len, ...); PyTorch's `to_padded_tensor`.
+
+        Args:
+            padding_value: What to fill up with.
+            max_len: None: that of this array.
+
+        Raises:
+            ValueError: `max_len` is less than an element is long, or may be.
+        """
+        max_len = self.max_len if max_len is None else max_len
+        lengths = known(self.lengths)
+        longest = self.max_len if lengths is None else lengths.max(initial=0)
+        _ragged_checks.padded_len(max_len, longest, lengths is not None)
+        position = np.arange(max_len, dtype=np.int32)[None]
+        inside = position < self.lengths[:, None]
+        # Beyond the end, each at another place, is what fills up.
+        outside = self.capacity + np.arange(inside.size, dtype=np.int32)
+        at = self.offsets[:-1, None] + position
+        at = jnp.where(inside, at, outside.reshape(inside.shape))
+        return (
+            jnp.asarray(self.values)
+            .at[at]
+            .get(mode="fill", fill_value=padding_value, unique_indices=True)
+        )
+
+    def unbind(self) -> list[Array]:
+        """Returns the elements, (length, ...). Not under `jit`: shapes are static."""
+        return [self[n] for n in range(len(self))]
+
+    def only_tokens(self) -> "RaggedArray":
+        """Returns this with zeros in the slack, so that sums may be over all of it."""
+        is_token = self.is_token.reshape(-1, *[1] * (self.values.ndim - 1))
+        values = jnp.where(is_token, self.values, jnp.zeros((), self.dtype))
+        return RaggedArray(values, self.offsets, self.max_len)
+
+    def has_offsets_of(self, others: "Sequence[RaggedArray | None]") -> Array | bool:
+        """Returns whether all that are not None have the same offsets as this."""
+        others = [x for x in others if x is not None and x.offsets is not self.offsets]
+        same = [jnp.all(x.offsets == self.offsets) for x in others]
+        return functools.reduce(jnp.logical_and, same, True)
+
+    def map(self, function: Callable[..., Array], *others: "RaggedArray") -> Any:
+        """Returns this with `function(values, *values of others)` as its values.
+
+        For what is done to each token, such as `flax.linen.Dense` or `jnp.add`. It
+        sees the slack too, so it must not mix tokens, as sums over all of them do.
+
+        Raises:
+            ValueError: An other has another batch, capacity or `max_len`, or the result
+                has not as many tokens.
+        """
+        for other in others:
+            _ragged_checks.same_elements("others", other, "this array", self)
+        values = function(self.values, *(other.values for other in others))
+        _ragged_checks.token_values("the result of function", values, self.capacity)
+        return RaggedArray(values, self.offsets, self.max_len)
+
+    @property
+    def lengths(self) -> Array:
+        """(batch,) int32: how many tokens each element has."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def segment_ids(self) -> Array:
+        """(capacity,) int32: each token's element; `len(self)` in the slack."""
+        return _where_tokens_are(self.offsets, self.capacity)[0]
+
+    @property
+    def positions(self) -> Array:
+        """(capacity,) int32: each token's place in its element; 0 in the slack."""
+        return _where_tokens_are(self.offsets, self.capacity)[1]
+
+    @property
+    def is_token(self) -> Array:
+        """(capacity,) boolean: False in the slack."""
+        token = np.arange(self.capacity, dtype=np.int32)
+        return (token >= self.offsets[0]) & (token < self.offsets[-1])
+
+    @property
+    def capacity(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), self.max_len, *self.values.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        return 1 + self.values.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    def __len__(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self.unbind())
+
+    def __getitem__(self, index: "int | slice") -> "Array | RaggedArray":
+        """Returns an element, (length, ...), or a `RaggedArray` of some neighbours.
+
+        Neighbours share the values: the others become slack. That works under `jit`;
+        a single element, whose shape depends on the offsets, does not.
+        """
+        if isinstance(index, slice):
+            start, stop = _ragged_checks.neighbours(index, len(self))
+            return RaggedArray(
+                self.values, self.offsets[start : stop + 1], self.max_len
+            )
+        index = _ragged_checks.index(index, len(self))
+        offsets = _ragged_checks.known_offsets(self.offsets)
+        return self.values[offsets[index] : offsets[index + 1]]
+
+    def tree_flatten_with_keys(self):
+        """Returns what JAX's functions on pytrees see."""
+        keys = map(jax.tree_util.GetAttrKey, ("values", "offsets"))
+        return zip(keys, (self.values, self.offsets), strict=True), self.max_len
+
+    @classmethod
+    def tree_unflatten(cls, max_len, children):
+        # JAX builds pytrees of whatever it likes: not to be checked.
+        self = object.__new__(cls)
+        for name, child in zip(("values", "offsets"), children, strict=True):
+            object.__setattr__(self, name, child)
+        object.__setattr__(self, "max_len", max_len)
+        return self
+
+    def __repr__(self) -> str:
+        is_array = isinstance(self.offsets, jax.Array | np.ndarray)
+        if not is_array or self.offsets.ndim != 1:  # JAX's own, or several in one
+            return (
+                f"RaggedArray(values={self.values!r}, offsets={self.offsets!r}, "
+                f"max_len={self.max_len})"
+            )
+        lengths = known(self.lengths)
+        if lengths is None:
+            elements = f"batch={len(self)}"
+        else:
+            few = ", ".join(map(str, lengths[:8]))
+            elements = f"lengths=[{few}{', ...' if len(lengths) > 8 else ''}]"
+        return (
+            f"RaggedArray({elements}, features={self.values.shape[1:]}, "
+            f"{self.dtype}, capacity={self.capacity}, max_len={self.max_len})"
+        )
+
+
+def _room(lengths: Sequence[int], capacity: int | None, max_len: int | None):
+    """Returns the capacity and longest length to have room for."""
+    total, longest = int(sum(lengths)), int(max(lengths, default=0))
+    if capacity is None:
+        unit = 1 << max(0, (total - 1).bit_length() - 4)
+        capacity = max(-(-total // unit) * unit, 1)
+    if max_len is None:
+        max_len = 1 << max(0, longest - 1).bit_length()
+    _ragged_checks.room(lengths, capacity, max_len)
+    return capacity, max_len
+
+
+def _offsets(lengths: ArrayLike) -> ArrayLike:
+    library = jnp if isinstance(lengths, jax.core.Tracer) else np
+    ends = library.cumsum(lengths, dtype=np.int32)
+    return library.concatenate([np.zeros(1, np.int32), ends])
+
+
+def _where_tokens_are(offsets: Array, capacity: int) -> tuple[Array, Array]:
+    """Returns each token's element, `batch` in the slack, and its place in that."""
+    batch = offsets.shape[0] - 1
+    token = jnp.arange(capacity, dtype=jnp.int32)
+    element = jnp.searchsorted(offsets[1:], token, side="right").astype(jnp.int32)
+    element = jnp.where(token < offsets[0], batch, element)
+    position = token - jnp.asarray(offsets).at[element].get(mode="clip")
+    return element, jnp.where(element < batch, position, 0)
