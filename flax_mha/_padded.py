@@ -98,7 +98,7 @@ def forward(
     out, lse, weights = attend(*padded, scale, dropout)
     out = pack(out, query)
     if lse is not None:
-        lse = pack(lse.swapaxes(1, 2), query).swapaxes(0, 1)
+        lse = pack(lse.swapaxes(1, 2), query)
     if weights is None:
         return out, lse, None
     # Where there is no key at all, what masks say of keys does not matter.
@@ -107,7 +107,7 @@ def forward(
         out = jnp.where(no_keys[:, None, None], 0, out)
         if lse is not None:
             nothing = jnp.array([jnp.inf, 0], lse.dtype)[None, None]
-            lse = jnp.where(no_keys[None, :, None], nothing, lse)
+            lse = jnp.where(no_keys[:, None, None], nothing, lse)
     return out, lse, jnp.where(_is_weight(query, key, weights), weights, 0)
 
 
@@ -137,7 +137,7 @@ def backward(
         d_weights = jnp.where(_is_weight(query, key, d_weights), d_weights, 0)
     padded = arrays(query, key, value, mask, extra, same_lengths)
     # In the padding, no probability is more than 0.
-    lse = unpack(lse.swapaxes(0, 1), query, fill=jnp.inf).swapaxes(1, 2)
+    lse = unpack(lse, query, fill=jnp.inf).swapaxes(1, 2)
     out, d_out = unpack(out, query), unpack(d_out, query)
     d_query, d_key, d_value, d_bias, d_scale = pull_back(
         (*padded, scale, dropout), out, lse, d_out, d_weights

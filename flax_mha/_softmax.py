@@ -101,7 +101,7 @@ class Rows(NamedTuple):
 
         Those of k and v are (..., dim, columns).
         """
-        probs = jnp.exp(logits - self.lse[..., :1] - self.lse[..., 1:])
+        probs = jnp.exp(jnp.minimum(logits - self.lse[..., :1] - self.lse[..., 1:], 0))
         d_probs = product("...qd,...kd->...qk", self.d_out, v, precision)
         if self.d_weights is not None:
             d_probs = d_probs + self.d_weights

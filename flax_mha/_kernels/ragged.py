@@ -62,15 +62,14 @@ def forward(
 
     Returns:
         The attended values, (tokens, heads, dim), and the log of each row's sum,
-        (heads, tokens, 2), in terms as of all kernels; see `_kernels`. Zeros in the
+        (tokens, heads, 2), in terms as of all kernels; see `_kernels`. Zeros in the
         slack.
     """
     args = (query, key, value, mask, scale, dropout, extra)
     call = _Call.of(*args, same_lengths, whole)
-    num_heads, tokens, _ = call.query.shape
-    value_dim = call.value.shape[2]
-    out = jnp.zeros((tokens, num_heads, value_dim), query.dtype)
-    lse = jnp.zeros((num_heads, tokens, 2), scale.dtype)
+    *rows, value_dim = *call.query.shape[:2], call.value.shape[2]
+    out = jnp.zeros((*rows, value_dim), query.dtype)
+    lse = jnp.zeros((*rows, 2), scale.dtype)
 
     def one_block(results, block):
         q = block.rows.read(call.query)
@@ -83,12 +82,10 @@ def forward(
             return running.absorb(logits, v, drop, precision=precision)
 
         running, terms = call.over_keys(absorb, running, block).finish(
-            dead_is_zero=dead_is_zero or block.has_no_keys
+            dead_is_zero=dead_is_zero or block.keys[1] == 0
         )
         out, lse = results
-        return block.rows.write_heads_last(out, running.out), block.rows.write(
-            lse, terms
-        )
+        return block.rows.write(out, running.out), block.rows.write(lse, terms)
 
     return call.over_blocks(one_block, (out, lse))
 
@@ -119,17 +116,13 @@ def backward(
     """
     args = (query, key, value, mask, scale, dropout, extra)
     call = _Call.of(*args, same_lengths, whole)
-    out, d_out = out.swapaxes(0, 1), d_out.swapaxes(0, 1)
     biases = mask.attn_bias if with_bias else ()
     wide = functools.partial(jnp.zeros_like, dtype=scale.dtype)
-    gradients = jax.tree.map(
-        wide, (call.query, _keys_last(call.key), _keys_last(call.value), biases)
-    )
+    gradients = jax.tree.map(wide, (call.query, call.key, call.value, biases))
 
     def one_block(gradients, block):
         q, o, d_o = (block.rows.read(x) for x in (call.query, out, d_out))
-        # Rows of other elements find all their probabilities 0.
-        terms = block.rows.read(lse, fill=jnp.inf)
+        terms = block.rows.read(lse, is_any=True)
         rows = Rows(q, terms, d_o, None, delta_of(o, d_o, scale.dtype))
 
         def pull_back(carry, keys):
@@ -145,8 +138,8 @@ def backward(
                 d_biases = jax.tree.map(add, d_biases)
             return (
                 d_q + d_q_part,
-                keys.add_keys_last(d_key, d_k),
-                keys.add_keys_last(d_value, d_v),
+                keys.add(d_key, d_k.swapaxes(1, 2)),
+                keys.add(d_value, d_v.swapaxes(1, 2)),
                 d_biases,
             )
 
@@ -157,13 +150,12 @@ def backward(
 
     d_query, d_key, d_value, d_biases = call.over_blocks(one_block, gradients)
     (d_extra_key, d_key), (d_extra_value, d_value) = (
-        jnp.split(x.transpose(2, 0, 1), [mask.open_columns])
-        for x in (d_key * scale, d_value)
+        jnp.split(x, [mask.open_columns]) for x in (d_key * scale, d_value)
     )
     # In the slack, where the query may be anything, its gradient is 0.
     d_scale = jnp.where(d_query == 0, 0, d_query * call.query.astype(scale.dtype))
     return (
-        (d_query * scale).swapaxes(0, 1).astype(query.dtype),
+        (d_query * scale).astype(query.dtype),
         d_key.astype(key.dtype),
         d_value.astype(value.dtype),
         tuple(d.astype(b.dtype) for d, b in zip(d_biases, biases, strict=True)),
@@ -180,43 +172,42 @@ class _Window(NamedTuple):
     """
 
     heads: int
+    size: int
     head: Array | int  # the first of them
     token: Array | int  # the first
     place: Array | int  # of that token in its element, as if the element began earlier
-    inside: Array  # (size, 1): is of the element, and in no window before
+    low: Array | int  # of the tokens read, the first that is of the element, and in no
+    high: Array | int  # window before; and the one after the last
     is_covered: bool = True  # by masks
 
-    def read(self, x: Array, fill: float = 0) -> Array:
-        """Returns (heads, size, dim) of (num_heads, tokens, dim), `fill` elsewhere.
+    @property
+    def inside(self) -> Array:
+        """(size, 1): which tokens are of the element, and in no window before."""
+        at = lax.broadcasted_iota(jnp.int32, (self.size, 1), 0)
+        return (at >= self.low) & (at < self.high)
 
-        So a NaN in another element, or in the slack, changes nothing.
+    def read(self, x: Array, *, is_any: bool = False) -> Array:
+        """Returns (heads, size, dim) of (tokens, num_heads, dim).
+
+        Outside there are zeros, so that a NaN in another element, or in the slack,
+        changes nothing; or what there is, if `is_any`.
         """
-        sizes = (self.heads, self.inside.shape[0], x.shape[2])
-        return jnp.where(self.inside, slice_at(x, self._at(), sizes), fill)
+        sizes = self.size, self.heads, x.shape[2]
+        part = slice_at(x, self._at(), sizes).swapaxes(0, 1)
+        return part if is_any else jnp.where(self.inside, part, 0)
 
     def write(self, x: Array, part: Array) -> Array:
-        before = slice_at(x, self._at(), part.shape)
-        part = jnp.where(self.inside, part.astype(x.dtype), before)
-        return update_at(x, part, self._at())
-
-    def write_heads_last(self, x: Array, part: Array) -> Array:
         """Returns (tokens, num_heads, dim) with (heads, size, dim) in its place."""
         part = part.swapaxes(0, 1).astype(x.dtype)
-        at = self.token, self.head, 0
-        before = slice_at(x, at, part.shape)
-        part = jnp.where(self.inside[..., None], part, before)
-        return update_at(x, part, at)
+        before = slice_at(x, self._at(), part.shape)
+        return update_at(x, jnp.where(self.inside[..., None], part, before), self._at())
 
     def add(self, x: Array, part: Array) -> Array:
-        """Returns `x` plus `part`, which is 0 outside."""
-        return add_at(x, part, self._at())
-
-    def add_keys_last(self, x: Array, part: Array) -> Array:
-        """Returns (num_heads, dim, tokens) plus (heads, dim, size), 0 outside."""
-        return add_at(x, part, (self.head, 0, self.token))
+        """Returns (tokens, num_heads, dim) plus (heads, size, dim), 0 outside."""
+        return add_at(x, part.swapaxes(0, 1), self._at())
 
     def _at(self) -> tuple:
-        return self.head, self.token, 0
+        return self.token, self.head, 0
 
 
 class _Block(NamedTuple):
@@ -224,13 +215,9 @@ class _Block(NamedTuple):
 
     element: Array
     rows: _Window
-    first_row: Array  # its place in the element
+    last_row: Array  # its place in the element
+    keys: tuple[Array, Array]  # the first of the element, and how many
     size: "_Size"
-    keys: tuple[Array, Array]  # where those of the element begin and end
-
-    @property
-    def has_no_keys(self) -> Array:
-        return self.keys[0] == self.keys[1]
 
 
 class _Size(NamedTuple):
@@ -243,7 +230,7 @@ class _Size(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the blocks of one call share. Arrays are (heads, tokens, dim)."""
+    """What the blocks of one call share."""
 
     query: Array
     key: Array  # the extra ones first
@@ -266,9 +253,9 @@ class _Call:
             jnp.concatenate([e, x.values]) if mask.open_columns else x.values
             for e, x in zip(extra, (key, value), strict=True)
         )
-        arrays = (x.swapaxes(0, 1) for x in (query.values, *with_extra))
         return cls(
-            *arrays,
+            jnp.asarray(query.values),
+            *with_extra,
             scale=scale,
             mask=mask,
             dropout=dropout,
@@ -284,54 +271,85 @@ class _Call:
         """Returns `carry` after `one_block(carry, block)` for each block of rows."""
         if not self.sizes:
             return carry
-        num_heads, tokens, _ = self.query.shape
-        element, first_row, bounds = _schedule(
-            self.query_offsets[1:] - self.query_offsets[:-1],
-            np.array([size.rows for size in self.sizes], np.int32),
-            tokens,
-        )
+        num_heads = self.query.shape[1]
+        rows, bounds = self._schedule()
         for n, size in enumerate(self.sizes):
             groups = num_heads // size.heads
 
             def one(n, carry, size=size, groups=groups):
-                at = element[n // groups], first_row[n // groups]
                 # A start that is known lets XLA see that a block takes all the heads.
                 head = 0 if groups == 1 else n % groups * size.heads
-                return one_block(carry, self._block(*at, head, size))
+                return one_block(carry, self._block(rows[n // groups], head, size))
 
-            carry = lax.fori_loop(
-                bounds[n] * groups, bounds[n + 1] * groups, one, carry
-            )
+            first, last = bounds[n] * groups, bounds[n + 1] * groups
+            carry = lax.fori_loop(first, last, one, carry)
         return carry
 
-    def _block(self, element, first_row, head, size: _Size) -> _Block:
-        start, end = self.query_offsets[element], self.query_offsets[element + 1]
-        capacity = self.query.shape[1]
-        window = _window(start, end, first_row, size.rows, capacity)
-        rows = _Window(size.heads, head, *window)
-        keys = self.key_offsets[element], self.key_offsets[element + 1]
-        return _Block(element, rows, first_row, size, keys)
+    def _block(self, row: Array, head: Array | int, size: _Size) -> _Block:
+        element, last_row, first_key, keys, *window = row
+        rows = _Window(size.heads, size.rows, head, *window)
+        return _Block(element, rows, last_row, (first_key, keys), size)
+
+    def _schedule(self) -> tuple[Array, Array]:
+        """Finds the blocks.
+
+        An element is cut into as few as the largest size allows, of one size: the
+        smallest that does.
+
+        Returns:
+            What makes a block, (blocks, ...), sorted by size, and how many blocks come
+            before those of each size, and in all.
+        """
+        tokens = self.query.shape[0]
+        rows = np.array([size.rows for size in self.sizes], np.int32)
+        starts, lengths = self.query_offsets[:-1], jnp.diff(self.query_offsets)
+        parts = -(-lengths // rows[-1])
+        needed = -(-lengths // jnp.maximum(parts, 1))
+        kind = jnp.sum(needed[:, None] > rows, axis=1, dtype=jnp.int32)
+        size = jnp.asarray(rows)[kind]
+        parts = -(-lengths // size)
+        before = jnp.where(kind < np.arange(len(rows) + 1)[:, None], parts, 0)
+        bounds = jnp.sum(before, axis=1, dtype=jnp.int32)
+
+        order = jnp.argsort(kind, stable=True).astype(jnp.int32)
+        ends = jnp.cumsum(parts[order], dtype=jnp.int32)
+        # Where there are several parts, each is larger than half the largest size.
+        nth = jnp.arange(len(lengths) + 2 * tokens // int(rows[-1]), dtype=jnp.int32)
+        at = jnp.searchsorted(ends, nth, side="right").astype(jnp.int32)
+        at = jnp.minimum(at, len(lengths) - 1)
+        element = order[at]
+        part = nth - (ends - parts[order])[at]
+        first_row, size = part * size[element], size[element]
+        window = _window(starts[element], lengths[element], first_row, size, tokens)
+        first_key = self.key_offsets[element] + self.mask.open_columns
+        keys = jnp.diff(self.key_offsets)[element]
+        last_row = first_row + size - 1
+        blocks = [element, last_row, first_key, keys, *window]
+        return jnp.stack(blocks, axis=1).astype(jnp.int32), bounds
 
     def over_keys(self, step: Callable, carry: Any, block: _Block) -> Any:
         """Returns `carry` after `step(carry, keys)` for windows of all the keys."""
-        head, size, extra = block.rows.head, block.size, self.mask.open_columns
+        size, extra, head = block.size, self.mask.open_columns, block.rows.head
         if extra:
-            inside = jnp.ones((extra, 1), bool)
-            place = self.key_max_len
-            carry = step(carry, _Window(size.heads, head, 0, place, inside, False))
-        start, end = block.keys
+            where = dict(token=0, place=self.key_max_len, low=0, high=extra)
+            keys = _Window(size.heads, extra, head, **where, is_covered=False)
+            carry = step(carry, keys)
+        if self.same_lengths and self.key_max_len <= self.sizes[-1].rows:
+            # A block has room for all, and its keys are where its rows are.
+            keys = block.rows._replace(token=block.rows.token + extra)
+            return step(carry, keys)
+        first, count = block.keys
 
         def one(n, carry):
-            place, capacity = n * size.columns, self.key.shape[1]
-            window = _window(start + extra, end + extra, place, size.columns, capacity)
-            return step(carry, _Window(size.heads, head, *window))
+            place, capacity = n * size.columns, self.key.shape[0]
+            window = _window(first, count, place, size.columns, capacity)
+            return step(carry, _Window(size.heads, size.columns, head, *window))
 
-        if self.same_lengths and self.key_max_len <= self.sizes[-1].rows:
-            return one(0, carry)  # a block has room for all
-        last = end - start
         if self.mask.is_causal:
-            last = jnp.minimum(last, block.first_row + size.rows)
-        return lax.fori_loop(0, -(-last // size.columns), one, carry)
+            count_ = jnp.minimum(count, block.last_row + 1)
+        else:
+            count_ = count
+        return lax.fori_loop(0, -(-count_ // size.columns), one, carry)
 
     def logits(self, q, k, block: _Block, keys: _Window, precision) -> Array:
         logits = product("...qd,...kd->...qk", q, k, precision) * self.scale
@@ -352,7 +370,7 @@ class _Call:
             part = slice_at(x, start, sizes)
             for axis, window in ((2, block.rows), (3, keys)):
                 if x.shape[axis] > 1:
-                    part = _pad(part, axis, window.inside.shape[0])
+                    part = _pad(part, axis, window.size)
                     part = jnp.roll(part, start[axis] - window.place, axis)
             return part
 
@@ -378,7 +396,7 @@ class _Call:
             return probs
         heads, rows, columns = probs[0].shape
         head = block.rows.head + jnp.arange(heads, dtype=jnp.int32)
-        head = block.element * self.query.shape[0] + head[:, None, None]
+        head = block.element * self.query.shape[1] + head[:, None, None]
         row = block.rows.place + jnp.arange(rows, dtype=jnp.int32)
         row = head * self.query_max_len + row[None, :, None]
         factors = self.dropout.factors(
@@ -387,16 +405,15 @@ class _Call:
         return tuple(x * factors for x in probs)
 
 
-def _keys_last(x: Array) -> Array:
-    return x.swapaxes(1, 2)
+def _window(start, length, place, size, capacity: int) -> tuple:
+    """Returns the last fields of a window of an element's tokens from `place` on.
 
-
-def _window(start, end, place, size: int, capacity: int) -> tuple[Array, Array, Array]:
-    """Returns the last fields of a window of an element's tokens from `place` on."""
+    Args:
+        start, length: Of the element.
+    """
     token = jnp.clip(start + place, 0, capacity - size)
     first = token - start
-    places = first + jnp.arange(size, dtype=jnp.int32)[:, None]
-    return token, first, (places >= place) & (places < end - start)
+    return token, first, place - first, jnp.minimum(length - first, size)
 
 
 def _in_mask(x: Array, block: _Block, keys: _Window) -> tuple[list, list]:
@@ -405,7 +422,7 @@ def _in_mask(x: Array, block: _Block, keys: _Window) -> tuple[list, list]:
     A mask ends with the longest element, so it may hold less than a whole block.
     """
     wanted = block.element, block.rows.head, block.rows.place, keys.place
-    limits = 1, block.size.heads, block.size.rows, keys.inside.shape[0]
+    limits = 1, block.size.heads, block.size.rows, keys.size
     sizes = list(map(min, limits, x.shape))
     start = [
         0 if full == 1 else jnp.clip(first, 0, full - size)
@@ -438,37 +455,3 @@ def _sizes(query, key, same_lengths: bool, whole: bool) -> tuple[_Size, ...]:
         return _Size(rows, columns, max(n for n in divisors if n <= max(heads, 1)))
 
     return tuple(map(size, all_rows))
-
-
-def _schedule(lengths: Array, rows: Array, tokens: int) -> tuple[Array, Array, Array]:
-    """Returns each block's element and first row, sorted by size, and how many.
-
-    An element is cut into as few blocks as the largest size allows, of one size: the
-    smallest that does.
-
-    Args:
-        lengths: (batch,), of the elements.
-        rows: The sizes, ascending.
-        tokens: No less than the sum of lengths.
-
-    Returns:
-        Two arrays by number of the block, longer than there are blocks; and of each
-        size, the number of its first block, then the number of all blocks.
-    """
-    parts = -(-lengths // rows[-1])
-    needed = -(-lengths // jnp.maximum(parts, 1))
-    size = jnp.sum(needed[:, None] > rows, axis=1, dtype=jnp.int32)
-    rows_of = jnp.asarray(rows)[size]
-    parts = -(-lengths // rows_of)
-    order = jnp.argsort(size, stable=True).astype(jnp.int32)
-    # Where there are several parts, each is larger than half the largest size.
-    limit = lengths.shape[0] + 2 * tokens // int(rows[-1])
-    ends = jnp.cumsum(parts[order], dtype=jnp.int32)
-    nth = jnp.arange(limit, dtype=jnp.int32)
-    at = jnp.searchsorted(ends, nth, side="right").astype(jnp.int32)
-    at = jnp.minimum(at, lengths.shape[0] - 1)
-    element = order[at]
-    first_row = (nth - (ends - parts[order])[at]) * rows_of[element]
-    kinds = np.arange(len(rows) + 1)
-    bounds = jnp.sum(jnp.where(size < kinds[:, None], parts, 0), axis=1)
-    return element, first_row, bounds.astype(jnp.int32)
