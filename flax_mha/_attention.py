@@ -18,7 +18,7 @@ from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask, from_torch_masks
 from flax_mha._padded import Extra
 from flax_mha._params import SEPARATE_WEIGHTS
-from flax_mha._ragged import RaggedArray
+from flax_mha._ragged import RaggedArray, Sequences
 from flax_mha._typing import (
     Array,
     ArrayLike,
@@ -37,10 +37,10 @@ from flax_mha._typing import (
 
 def multi_head_attention(
     params: Params,
-    query: ArrayLike | RaggedArray,
-    key: ArrayLike | RaggedArray,
-    value: ArrayLike | RaggedArray,
-    key_padding_mask: ArrayLike | RaggedArray | None = None,
+    query: Sequences,
+    key: Sequences,
+    value: Sequences,
+    key_padding_mask: Sequences | None = None,
     attn_mask: ArrayLike | None = None,
     *,
     batch_first: bool,
@@ -54,7 +54,7 @@ def multi_head_attention(
     dtype: DType | None = None,
     precision: Precision = None,
     implementation: str | None = None,
-) -> tuple[Array | RaggedArray, Array | None]:
+) -> tuple[Sequences, Array | None]:
     """Computes `torch.nn.MultiheadAttention.forward`; see `MultiheadAttention`.
 
     Args:
@@ -117,7 +117,7 @@ def multi_head_attention(
             open_columns=extra.key.shape[0],
         )
 
-    options = dict(
+    options: dict[str, Any] = dict(
         scale=1 / math.sqrt(head_dim),
         dropout=dropout,
         weights=("mean" if average_attn_weights else "heads") if need_weights else None,
@@ -203,9 +203,9 @@ def _split_rows(static: ArrayLike, like: QueryHeads) -> KeyHeads:
 
 
 def _batch_first(
-    query: ArrayLike | RaggedArray,
-    key: ArrayLike | RaggedArray,
-    value: ArrayLike | RaggedArray,
+    query: Sequences,
+    key: Sequences,
+    value: Sequences,
     batch_first: bool,
     dtype: DType,
 ) -> tuple[Query, Key, Value]:

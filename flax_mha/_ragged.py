@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from flax_mha import _checks, _ragged_checks
 from flax_mha._ragged_checks import known
 from flax_mha._typing import Array, ArrayLike
+
+# What attention takes and returns: arrays, or `RaggedArray`s. For type checkers it is
+# anything, for these could not tell that ragged results come of ragged inputs only.
+Sequences = Any
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -202,18 +203,22 @@ def call(
     value: Any,
     key_padding_mask: Any = None,
     attn_mask: Any = None,
+    *,
+    values_ndim: int = 2,
     **statics: Any,
 ) -> None:
     """Checks what `_checks.call` cannot see where an input is a `RaggedArray`.
 
     Args:
+        values_ndim: How many axes values must have.
         statics: What replaces the projected key and value.
     """
     for name, array in dict(query=query, key=key, value=value).items():
         values = _ragged(name, array).values
-        if values.ndim != 2:
+        if values.ndim != values_ndim:
+            axes = {2: "(capacity, features)", 3: "(capacity, heads, head_dim)"}
             raise ValueError(
-                f"{name} must have values of shape (capacity, features), "
+                f"{name} must have values of shape {axes[values_ndim]}, "
                 f"got {values.shape}."
             )
     same_elements("value", value, "key", key)

@@ -3,23 +3,28 @@
 https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from flax_mha import _attention, _checks, _dispatch
+from flax_mha import _attention, _checks, _dispatch, _ragged_checks
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
+from flax_mha._padded import Extra
+from flax_mha._ragged import RaggedArray, Sequences
 from flax_mha._typing import Array, ArrayLike, MaskArray, Precision
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
 
 def multi_head_attention_forward(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: Sequences,
+    key: Sequences,
+    value: Sequences,
     embed_dim_to_check: int,
     num_heads: int,
     in_proj_weight: ArrayLike | None,
@@ -31,7 +36,7 @@ def multi_head_attention_forward(
     out_proj_weight: ArrayLike,
     out_proj_bias: ArrayLike | None,
     training: bool = True,
-    key_padding_mask: ArrayLike | None = None,
+    key_padding_mask: Sequences | None = None,
     need_weights: bool = True,
     attn_mask: ArrayLike | None = None,
     use_separate_proj_weight: bool = False,
@@ -46,12 +51,12 @@ def multi_head_attention_forward(
     dropout_rng: Array | None = None,
     precision: Precision = None,
     implementation: str | None = None,
-) -> tuple[Array, Array | None]:
+) -> tuple[Sequences, Array | None]:
     """Computes `torch.nn.functional.multi_head_attention_forward`.
 
-    Inputs are (length, batch, features), or (length, features) without a batch, and
-    parameters have PyTorch's shapes; `MultiheadAttention` describes the arguments that
-    have the same name there.
+    Inputs are (length, batch, features), or (length, features) without a batch, or
+    `RaggedArray`s, and parameters have PyTorch's shapes; `MultiheadAttention` describes
+    the arguments that have the same name there.
 
     Args:
         embed_dim_to_check: Features of query; E below.
@@ -133,9 +138,9 @@ def multi_head_attention_forward(
 
 
 def scaled_dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    query: Sequences,
+    key: Sequences,
+    value: Sequences,
     attn_mask: ArrayLike | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -145,10 +150,12 @@ def scaled_dot_product_attention(
     dropout_rng: Array | None = None,
     precision: Precision = None,
     implementation: str | None = None,
-) -> Array:
+) -> Sequences:
     """Computes `torch.nn.functional.scaled_dot_product_attention`.
 
     Leading axes broadcast as in NumPy. The last of them, if any, counts heads.
+    `RaggedArray`s, all three, have values (tokens, heads, dim), and shapes below are
+    those with padding, (batch, heads, max_len, dim); so is that of their `attn_mask`.
 
     Args:
         query: (..., tgt_len, head_dim).
@@ -175,39 +182,78 @@ def scaled_dot_product_attention(
     """
     _checks.python_bools(is_causal=is_causal, enable_gqa=enable_gqa)
     _checks.probability("dropout_p", dropout_p)
+    is_ragged = any(isinstance(x, RaggedArray) for x in (query, key, value))
+    if is_ragged:
+        _ragged_checks.call(query, key, value, attn_mask=attn_mask, values_ndim=3)
     leading = _checks.scaled_dot_product(
-        query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa
+        *map(_heads_first if is_ragged else lambda x: x, (query, key, value)),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
     )
-    dtype = jnp.result_type(query, key, value)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1] or 1)
+    options: dict[str, Any] = dict(
+        scale=scale,
+        dropout=_dropout(dropout_p, dropout_rng),
+        precision=precision,
+        implementation=implementation,
+    )
+    *outer, heads = leading or (1,)
+    mask = Mask(is_causal=is_causal)
+    if attn_mask is not None:
+        src_len = key.max_len if is_ragged else key.shape[-2]
+        attn_mask = _four_mask_axes(jnp.asarray(attn_mask), outer, src_len)
+        is_bool = attn_mask.dtype == jnp.bool_
+        mask = Mask(allowed=(attn_mask,)) if is_bool else Mask(attn_bias=(attn_mask,))
+    if is_ragged:
+        return _ragged_attention(query, key, value, heads, mask, enable_gqa, options)
+
+    dtype = jnp.result_type(query, key, value)
     if enable_gqa:
         key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)
         value = jnp.repeat(value, query.shape[-3] // value.shape[-3], axis=-3)
-
-    *outer, heads = leading or (1,)
     batch = math.prod(outer)
 
     def four_axes(x):
         x = jnp.broadcast_to(jnp.asarray(x, dtype), (*leading, *x.shape[-2:]))
         return x.reshape(batch, heads, *x.shape[-2:]).swapaxes(1, 2)
 
-    mask = Mask(is_causal=is_causal)
-    if attn_mask is not None:
-        attn_mask = _four_mask_axes(jnp.asarray(attn_mask), outer, key.shape[-2])
-        is_bool = attn_mask.dtype == jnp.bool_
-        mask = Mask(allowed=(attn_mask,)) if is_bool else Mask(attn_bias=(attn_mask,))
     out, _ = _dispatch.dot_product_attention(
-        four_axes(query),
-        four_axes(key),
-        four_axes(value),
-        mask,
-        scale=scale,
-        dropout=_dropout(dropout_p, dropout_rng),
-        precision=precision,
-        implementation=implementation,
+        four_axes(query), four_axes(key), four_axes(value), mask, **options
     )
     return out.swapaxes(1, 2).reshape(*leading, query.shape[-2], value.shape[-1])
+
+
+def _ragged_attention(
+    query: RaggedArray,
+    key: RaggedArray,
+    value: RaggedArray,
+    heads: int,
+    mask: Mask,
+    enable_gqa: bool,
+    options: dict[str, Any],
+) -> RaggedArray:
+    dtype = jnp.result_type(query.values, key.values, value.values)
+
+    def all_heads(x):
+        x = jnp.asarray(x.values, dtype)
+        if enable_gqa:
+            x = jnp.repeat(x, heads // x.shape[1], axis=1)
+        return jnp.broadcast_to(x, (x.shape[0], heads, x.shape[2]))
+
+    q, k, v = map(all_heads, (query, key, value))
+    extra = Extra(k[:0], v[:0])
+    out, _ = _attention.ragged_dot_product_attention(
+        query, key, [value], (q, k, v), mask, extra, **options
+    )
+    return dataclasses.replace(query, values=out)
+
+
+def _heads_first(x: RaggedArray) -> jax.ShapeDtypeStruct:
+    """Returns what has the shape that PyTorch's functions would be given."""
+    batch, length, heads, dim = x.shape
+    return jax.ShapeDtypeStruct((batch, heads, length, dim), x.dtype)
 
 
 def _four_mask_axes(mask: Array, outer: Sequence[int], src_len: int) -> MaskArray:

@@ -39,6 +39,7 @@ def test_public_names():
     assert names == {
         "Explanation",
         "MultiheadAttention",
+        "RaggedArray",
         "convert",
         "explain",
         "functional",
