@@ -79,12 +79,12 @@ def multi_head_attention(
     )
     is_ragged = any(isinstance(x, RaggedArray) for x in (query, key, value))
     inputs = (query, key, value, key_padding_mask)
-    statics = dict(static_k=static_k, static_v=static_v)
+    statics: dict[str, Any] = dict(static_k=static_k, static_v=static_v)
     if is_ragged:
-        _ragged_checks.call(*inputs, attn_mask, **statics)
+        _ragged_checks.call(*inputs, attn_mask=attn_mask, **statics)
     _checks.call(
         *map(_stand_in, inputs),
-        attn_mask,
+        attn_mask=attn_mask,
         features=(num_heads * head_dim, *_source_features(params)),
         num_heads=num_heads,
         batch_first=batch_first or is_ragged,
@@ -173,7 +173,7 @@ def ragged_dot_product_attention(
         dataclasses.replace(key, values=v),
         mask,
         extra,
-        same_lengths=query.offsets is key.offsets,
+        same_lengths=query.lies_as(key),
         **options,
     )
 

@@ -466,18 +466,17 @@ def _has_shape(array: ArrayLike, wanted: tuple[int | None, ...]) -> bool:
     )
 
 
-def _floating(name: str, array: ArrayLike | None) -> ArrayLike:
-    array = an_array(name, array)
+def _floating(name: str, array: Any) -> ArrayLike:
+    an_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must have a floating-point dtype, got {array.dtype}.")
     return array
 
 
-def an_array(name: str, array: Any) -> ArrayLike:
+def an_array(name: str, array: Any) -> None:
     # A struct has the shape that an array would have, which is not there.
     if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}.")
-    return array
 
 
 def describe(value: Any) -> str:

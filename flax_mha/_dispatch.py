@@ -6,20 +6,20 @@ pass is the arguments, the result and the log of each row's sum, whichever kerne
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from flax_mha import _checks, _padded
-from flax_mha._blocks import WHOLE_LOGITS, varying, varying_axes
+from flax_mha._blocks import varying, varying_axes
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import KERNELS, blockwise, ragged, reference
-from flax_mha._lowering import ANY, Target, at_lowering
+from flax_mha._lowering import Target, at_lowering
 from flax_mha._masks import Mask
+from flax_mha._plan import Plan, is_whole
 from flax_mha._ragged import RaggedArray
 from flax_mha._typing import (
     Array,
@@ -32,57 +32,6 @@ from flax_mha._typing import (
     Weights,
     accumulation_dtype,
 )
-
-FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
-
-
-class Reasons(NamedTuple):
-    """Why a kernel does not run a call, each in words or None; see `_kernels`."""
-
-    never: str | None = None
-    unnamed: str | None = None  # where the caller did not name it
-    divided: str | None = None  # where XLA has to divide it among devices
-
-
-class Plan(NamedTuple):
-    """What was decided when a call was traced."""
-
-    logits: tuple[int, int, int, int]  # batch, heads, tgt, src
-    weights: Literal["mean", "heads"] | None
-    precision: Precision
-    implementation: str | None
-    reasons: tuple[tuple[str, Reasons], ...]  # by kernel
-    # Of `RaggedArray`s: whether queries and keys have the same offsets. Else None.
-    same_lengths: bool | None = None
-
-    def kernel(self, target: Target) -> str:
-        """Returns the name of the kernel that runs on `target`."""
-        if target == ANY:
-            return "blockwise"
-        name = self.implementation or FUSED.get(target.platform, "blockwise")
-        reason = self.reason(name, target)
-        if reason is None:
-            return name
-        if self.implementation is None:
-            return "blockwise"
-        raise ValueError(f"implementation={name!r} cannot run this call: {reason}.")
-
-    def reason(self, name: str, target: Target) -> str | None:
-        """Returns why a kernel does not run on `target`, or None."""
-        platforms = [platform for platform, fused in FUSED.items() if fused == name]
-        if platforms and target.platform not in platforms:
-            return f"it is for {platforms[0]}, not for {target.platform}"
-        reasons = dict(self.reasons).get(name, Reasons())
-        unnamed = reasons.unnamed if self.implementation is None else None
-        divided = reasons.divided if target.partitioned else None
-        return reasons.never or unnamed or divided
-
-    def is_padded(self, target: Target) -> bool:
-        """Whether the kernel gets padded arrays, though the call's are ragged."""
-        if target == ANY or self.kernel(target) != "blockwise":
-            return True
-        # As few logits as fit into one block: faster than to look for the elements.
-        return _is_whole(target) and math.prod(self.logits) <= WHOLE_LOGITS
 
 
 def dot_product_attention(
@@ -111,12 +60,16 @@ def dot_product_attention(
     """
     _checks.one_of("implementation", implementation, KERNELS)
     if implementation == "reference":
-        out, _, weights = _by_definition(weights, precision)(
-            query, key, value, mask, scale, dropout
-        )
-        return out, weights
+        attend = _by_definition(weights, precision)
+        out, _, found = attend(query, key, value, mask, scale, dropout)
+        return out, found
     _checks.no_explicit_sharding(query=query, key=key, value=value)
-    plan = _plan(query, key, value, mask, dropout, weights, precision, implementation)
+    plan = Plan.of(
+        *(query, key, value, mask, dropout),
+        weights=weights,
+        precision=precision,
+        implementation=implementation,
+    )
     query, factor = _scaled(query, scale)
     return _run(plan, query, key, value, mask, factor, dropout)
 
@@ -151,21 +104,22 @@ def ragged_dot_product_attention(
     args = (key, value, mask, scale, dropout, extra)
     if implementation == "reference":
         attend = _by_definition(weights, precision)
-        out, _, weights_ = _padded.forward(
-            attend, query, *args, same_lengths=same_lengths
-        )
-        return out, weights_
+        out, _, found = _padded.forward(attend, query, *args, same_lengths=same_lengths)
+        return out, found
     _checks.no_explicit_sharding(query=query.values, key=key.values, value=value.values)
     padded = jax.eval_shape(
         functools.partial(_padded.arrays, same_lengths=same_lengths),
         *(query, key, value, mask, extra),
     )
-    plan = _plan(*padded, dropout, weights, precision, implementation)
-    unwise = _padded.unwise(query, key)
-    reasons = (
-        (name, r._replace(unnamed=r.unnamed or unwise)) for name, r in plan.reasons
+    plan = Plan.of(
+        *padded,
+        dropout=dropout,
+        weights=weights,
+        precision=precision,
+        implementation=implementation,
+        same_lengths=same_lengths,
+        unwise=_padded.unwise(query, key),
     )
-    plan = plan._replace(reasons=tuple(reasons), same_lengths=same_lengths)
     values, factor = _scaled(query.values, scale)
     query = dataclasses.replace(query, values=values)
     return _run(plan, query, key, value, mask, factor, dropout, extra)
@@ -186,7 +140,7 @@ def _run(plan: Plan, *args):
     return _attend_jit(plan, *varying(args, varying_axes(args)))
 
 
-def _by_definition(weights: str | None, precision: Precision) -> Callable:
+def _by_definition(weights: str | None, precision: Precision) -> Callable[..., Any]:
     def attend(query, key, value, mask, scale, dropout):
         options = dict(scale=scale, dropout=dropout, precision=precision)
         args = (query, key, value, mask)
@@ -198,30 +152,6 @@ def _by_definition(weights: str | None, precision: Precision) -> Callable:
         return out, None, all_weights
 
     return attend
-
-
-def _plan(query, key, value, mask, dropout, weights, precision, implementation) -> Plan:
-    def reasons(kernel):
-        args = (query, key, value, mask)
-        never = kernel.missing() or kernel.unsupported(*args, dropout=dropout)
-        if never is not None:
-            return Reasons(never)
-        return Reasons(None, kernel.unwise(*args), kernel.indivisible(*args))
-
-    if precision is None:  # kernels are traced later, outside of this context
-        precision = jax.config.jax_default_matmul_precision  # pyright: ignore
-    batch, tgt_len, num_heads, _ = query.shape
-    plan = Plan(
-        logits=(batch, num_heads, tgt_len, key.shape[1]),
-        weights=weights,
-        precision=precision,
-        implementation=implementation,
-        reasons=tuple((name, reasons(KERNELS[name])) for name in FUSED.values()),
-    )
-    for platform, name in FUSED.items():
-        if name == implementation:  # raises what can be known now
-            plan.kernel(Target(platform, partitioned=False))
-    return plan
 
 
 def _forward(plan: Plan, *args) -> tuple[OutHeads, Array, Array | None]:
@@ -236,7 +166,7 @@ def _choose_forward(plan: Plan, target: Target) -> Callable:
         blockwise.forward,
         precision=plan.precision,
         weights=plan.weights,
-        whole=_is_whole(target),
+        whole=is_whole(target),
     )
     padded = plain if name == "blockwise" else _choose_fused(plan, name, plain)
     if plan.same_lengths is None:
@@ -249,7 +179,7 @@ def _choose_forward(plan: Plan, target: Target) -> Callable:
         out, lse = ragged.forward(
             *args,
             precision=plan.precision,
-            whole=_is_whole(target),
+            whole=is_whole(target),
             dead_is_zero=plan.weights is None,
             **options,
         )
@@ -285,29 +215,32 @@ def _choose_backward(plan: Plan, with_bias: bool, target: Target) -> Callable:
     options = dict(precision=plan.precision, with_bias=with_bias)
 
     def padded(args, out, lse, d_out, d_weights):
-        kernel, others = KERNELS[name], options
+        kernel: Any = KERNELS[name]
+        others = options
         if name == "blockwise" or d_weights is not None:
             kernel = blockwise
-            others = options | dict(d_weights=d_weights, whole=_is_whole(target))
+            others = options | dict(d_weights=d_weights, whole=is_whole(target))
         return kernel.backward(*args, out, lse, d_out, **others)
 
     if plan.same_lengths is None:
         return padded
 
+    same_lengths = plan.same_lengths
+
     def of_ragged(args, out, lse, d_out, d_weights):
-        same_lengths = plan.same_lengths
         if plan.is_padded(target) or d_weights is not None:
             return _padded.backward(
-                *(padded, *args, out, lse, d_out, d_weights), same_lengths=same_lengths
+                *(padded, *args),
+                out=out,
+                lse=lse,
+                d_out=d_out,
+                d_weights=d_weights,
+                same_lengths=same_lengths,
             )
-        others = options | dict(same_lengths=same_lengths, whole=_is_whole(target))
-        return ragged.backward(*args, out, lse, d_out, **others)
+        others = options | dict(same_lengths=same_lengths, whole=is_whole(target))
+        return ragged.backward(*args, out=out, lse=lse, d_out=d_out, **others)
 
     return of_ragged
-
-
-def _is_whole(target: Target) -> bool:
-    return target.partitioned or target.platform not in ("any", "cpu")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from flax_mha._dispatch import FUSED, Plan
 from flax_mha._lowering import PLATFORMS, Target, labels
+from flax_mha._plan import FUSED, Plan
 
 _TARGETS = {
     **{platform: Target(platform, partitioned=False) for platform in PLATFORMS},

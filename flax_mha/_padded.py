@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
-from flax_mha._ragged import RaggedArray
+from flax_mha._ragged import RaggedArray, take_tokens
 from flax_mha._typing import (
     Array,
     KeyHeads,
@@ -64,7 +65,7 @@ def arrays(
     """Returns the arguments of the same call on padded arrays."""
 
     if not (same_lengths and mask.is_causal):  # or no query sees the padding
-        is_padding = jnp.arange(key.max_len) >= key.lengths[:, None]
+        is_padding = _positions(key) >= key.lengths[:, None]
         if not mask.open_columns:
             # Without keys, attend to zeros: the result is 0 as well, but no softmax
             # of nothing on the way.
@@ -82,7 +83,7 @@ def forward(
     key: RaggedArray,
     value: RaggedArray,
     mask: Mask,
-    scale: Array,
+    scale: Array | float,
     dropout: Dropout | None,
     extra: Extra,
     *,
@@ -103,7 +104,7 @@ def forward(
         return out, lse, None
     # Where there is no key at all, what masks say of keys does not matter.
     if not mask.open_columns:
-        no_keys = jnp.append(key.lengths == 0, False)[query.segment_ids]
+        no_keys = pack((key.lengths == 0)[:, None].repeat(query.max_len, 1), query)
         out = jnp.where(no_keys[:, None, None], 0, out)
         if lse is not None:
             nothing = jnp.array([jnp.inf, 0], lse.dtype)[None, None]
@@ -155,8 +156,7 @@ def backward(
 
 def pack(padded: Array, like: RaggedArray) -> Array:
     """Returns (capacity, ...) of (batch, max_len, ...), with zeros in the slack."""
-    at = padded.at[like.segment_ids, like.positions]
-    return at.get(mode="fill", fill_value=0)
+    return take_tokens(padded, like.segment_ids, like.positions)
 
 
 def unpack(values: Array, like: RaggedArray, fill: float = 0) -> OutHeads:
@@ -165,8 +165,12 @@ def unpack(values: Array, like: RaggedArray, fill: float = 0) -> OutHeads:
 
 def _is_weight(query: RaggedArray, key: RaggedArray, weights: Array) -> Array:
     """Returns which weights are not those of padding, (batch, #heads, tgt, src)."""
-    column = jnp.arange(weights.shape[-1])
-    is_row = jnp.arange(query.max_len) < query.lengths[:, None]
+    column = np.arange(weights.shape[-1], dtype=np.int32)[None]
+    is_row = _positions(query) < query.lengths[:, None]
     is_column = (column < key.lengths[:, None]) | (column >= key.max_len)
     is_weight = is_row[:, :, None] & is_column[:, None]
     return is_weight if weights.ndim == 3 else is_weight[:, None]
+
+
+def _positions(x: RaggedArray) -> np.ndarray:
+    return np.arange(x.max_len, dtype=np.int32)[None]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class RaggedArray:
 
     Attributes:
         values: (capacity, ...), each token's features.
-        offsets: (batch + 1,) int32, not decreasing: element `i` is
+        offsets: (batch + 1,) integers, not decreasing: element `i` is
             `values[offsets[i] : offsets[i + 1]]`. Under `jit`, where nobody can check
             them, wrong ones give wrong results.
         max_len: No element is longer. A Python integer, part of what is compiled for;
@@ -43,7 +44,7 @@ class RaggedArray:
         TypeError: An attribute is not an array, or not of a dtype it can have.
         ValueError: Shapes disagree, or offsets that are known are no such offsets.
 
-    >>> x = RaggedArray.from_list([np.ones((3, 8)), np.ones((5, 8))])
+    >>> x = RaggedArray.from_list([np.ones((3, 8), "f"), np.ones((5, 8), "f")])
     >>> x
     RaggedArray(lengths=[3, 5], features=(8,), float32, capacity=8, max_len=8)
     >>> x.map(jnp.tanh).to_padded().shape
@@ -51,11 +52,13 @@ class RaggedArray:
     """
 
     values: Array
-    offsets: Array
+    offsets: ArrayLike
     max_len: int = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
         _ragged_checks.attributes(self.values, self.offsets, self.max_len)
+        if self.offsets.dtype != np.int32:
+            object.__setattr__(self, "offsets", self.offsets.astype(np.int32))
         if self.max_len is None:
             object.__setattr__(self, "max_len", self.capacity)
 
@@ -123,29 +126,27 @@ class RaggedArray:
         if key_padding_mask is not None:
             lengths = length - key_padding_mask.sum(axis=1, dtype=np.int32)
             order = jnp.argsort(jnp.asarray(key_padding_mask), axis=1, stable=True)
-        elif lengths is None:
-            lengths = np.full(batch, length, np.int32)
-        max_len = length if max_len is None else max_len
-        if known(lengths) is not None:
-            lengths, fits = known(lengths), True
-            capacity, max_len = _room(lengths, capacity, max_len)
-        else:
+        lengths = np.full(batch, length, np.int32) if lengths is None else lengths
+        longest: int = length if max_len is None else max_len
+        host_lengths, may_lack_room = known(lengths), False
+        if host_lengths is None:
+            tokens: int = batch * length if capacity is None else capacity
+            _ragged_checks.room([], tokens, longest)
             lengths = jnp.clip(lengths, 0, length)
-            capacity = batch * length if capacity is None else capacity
-            _ragged_checks.room([], capacity, max_len)
-            fits = (jnp.sum(lengths) <= capacity) & jnp.all(lengths <= max_len)
-            if capacity >= batch * length and max_len >= length:
-                fits = True
+            may_lack_room = tokens < batch * length or longest < length
+        else:
+            lengths = host_lengths
+            tokens, longest = _room(lengths, capacity, longest)
         offsets = _offsets(lengths)
-        element, position = _where_tokens_are(jnp.asarray(offsets), capacity)
-        at = element, jnp.minimum(position, length - 1)
+        element, place = _where_tokens_are(offsets, tokens)
         if order is not None:
-            at = element, order.at[at].get(mode="clip")
-        values = jnp.asarray(padded).at[at].get(mode="fill", fill_value=0)
-        if fits is not True:
+            place = take_tokens(order, element, place)
+        values = take_tokens(jnp.asarray(padded), element, place)
+        if may_lack_room:
             _checks.floating(padded=values)
+            fits = (jnp.sum(lengths) <= tokens) & jnp.all(lengths <= longest)
             values = jnp.where(fits, values, jnp.nan)
-        return cls(values, offsets, max_len)
+        return cls(values, offsets, longest)
 
     def to_padded(self, padding_value: Any = 0, max_len: int | None = None) -> Array:
         """Returns (batch, max_len, ...); PyTorch's `to_padded_tensor`.
@@ -175,13 +176,20 @@ class RaggedArray:
 
     def unbind(self) -> list[Array]:
         """Returns the elements, (length, ...). Not under `jit`: shapes are static."""
-        return [self[n] for n in range(len(self))]
+        offsets = _ragged_checks.known_offsets(self.offsets)
+        pairs = itertools.pairwise(offsets)
+        return [self.values[start:stop] for start, stop in pairs]
 
     def only_tokens(self) -> "RaggedArray":
         """Returns this with zeros in the slack, so that sums may be over all of it."""
         is_token = self.is_token.reshape(-1, *[1] * (self.values.ndim - 1))
         values = jnp.where(is_token, self.values, jnp.zeros((), self.dtype))
         return RaggedArray(values, self.offsets, self.max_len)
+
+    def lies_as(self, other: "RaggedArray") -> bool:
+        """Returns whether all tokens are known to be in the same places."""
+        mine, others = (self.capacity, self.max_len), (other.capacity, other.max_len)
+        return self.offsets is other.offsets and mine == others
 
     def has_offsets_of(self, others: "Sequence[RaggedArray | None]") -> Array | bool:
         """Returns whether all that are not None have the same offsets as this."""
@@ -206,7 +214,7 @@ class RaggedArray:
         return RaggedArray(values, self.offsets, self.max_len)
 
     @property
-    def lengths(self) -> Array:
+    def lengths(self) -> ArrayLike:
         """(batch,) int32: how many tokens each element has."""
         return self.offsets[1:] - self.offsets[:-1]
 
@@ -221,7 +229,7 @@ class RaggedArray:
         return _where_tokens_are(self.offsets, self.capacity)[1]
 
     @property
-    def is_token(self) -> Array:
+    def is_token(self) -> ArrayLike:
         """(capacity,) boolean: False in the slack."""
         token = np.arange(self.capacity, dtype=np.int32)
         return (token >= self.offsets[0]) & (token < self.offsets[-1])
@@ -256,12 +264,12 @@ class RaggedArray:
         """
         if isinstance(index, slice):
             start, stop = _ragged_checks.neighbours(index, len(self))
-            return RaggedArray(
-                self.values, self.offsets[start : stop + 1], self.max_len
-            )
+            offsets = self.offsets[start : stop + 1]
+            return RaggedArray(self.values, offsets, self.max_len)
         index = _ragged_checks.index(index, len(self))
-        offsets = _ragged_checks.known_offsets(self.offsets)
-        return self.values[offsets[index] : offsets[index + 1]]
+        offsets = self.offsets[index : index + 2]
+        (element,) = RaggedArray(self.values, offsets, self.max_len).unbind()
+        return element
 
     def tree_flatten_with_keys(self):
         """Returns what JAX's functions on pytrees see."""
@@ -296,7 +304,9 @@ class RaggedArray:
         )
 
 
-def _room(lengths: Sequence[int], capacity: int | None, max_len: int | None):
+def _room(
+    lengths: Sequence[int] | np.ndarray, capacity: int | None, max_len: int | None
+) -> tuple[int, int]:
     """Returns the capacity and longest length to have room for."""
     total, longest = int(sum(lengths)), int(max(lengths, default=0))
     if capacity is None:
@@ -308,13 +318,20 @@ def _room(lengths: Sequence[int], capacity: int | None, max_len: int | None):
     return capacity, max_len
 
 
+def take_tokens(padded: Array, element: Array, place: Array) -> Array:
+    """Returns (tokens, ...) of (batch, length, ...), 0 for those of no element."""
+    if 0 in padded.shape[:2]:
+        return jnp.zeros((*element.shape, *padded.shape[2:]), padded.dtype)
+    return padded.at[element, place].get(mode="fill", fill_value=0)
+
+
 def _offsets(lengths: ArrayLike) -> ArrayLike:
     library = jnp if isinstance(lengths, jax.core.Tracer) else np
     ends = library.cumsum(lengths, dtype=np.int32)
     return library.concatenate([np.zeros(1, np.int32), ends])
 
 
-def _where_tokens_are(offsets: Array, capacity: int) -> tuple[Array, Array]:
+def _where_tokens_are(offsets: ArrayLike, capacity: int) -> tuple[Array, Array]:
     """Returns each token's element, `batch` in the slack, and its place in that."""
     batch = offsets.shape[0] - 1
     token = jnp.arange(capacity, dtype=jnp.int32)

@@ -100,7 +100,7 @@ def padding(
             )
 
 
-def room(lengths: Sequence[int], capacity: int, max_len: int) -> None:
+def room(lengths: Sequence[int] | np.ndarray, capacity: int, max_len: int) -> None:
     """Checks that elements of these lengths fit."""
     size("capacity", capacity)
     size("max_len", max_len)

@@ -186,7 +186,7 @@ def scaled_dot_product_attention(
     if is_ragged:
         _ragged_checks.call(query, key, value, attn_mask=attn_mask, values_ndim=3)
     leading = _checks.scaled_dot_product(
-        *map(_heads_first if is_ragged else lambda x: x, (query, key, value)),
+        *map(_heads_first, (query, key, value)),
         attn_mask=attn_mask,
         is_causal=is_causal,
         enable_gqa=enable_gqa,
@@ -250,8 +250,10 @@ def _ragged_attention(
     return dataclasses.replace(query, values=out)
 
 
-def _heads_first(x: RaggedArray) -> jax.ShapeDtypeStruct:
-    """Returns what has the shape that PyTorch's functions would be given."""
+def _heads_first(x: Sequences) -> Any:
+    """Returns what has the shape that PyTorch's function would be given."""
+    if not isinstance(x, RaggedArray):
+        return x
     batch, length, heads, dim = x.shape
     return jax.ShapeDtypeStruct((batch, heads, length, dim), x.dtype)
 

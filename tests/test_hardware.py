@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mha._dispatch import FUSED, dot_product_attention
+from flax_mha._dispatch import dot_product_attention
+from flax_mha._plan import FUSED
 from tests.test_kernel_contract import MASKS, SCALE, assert_close, wave
 
 # Relative to the largest element, against the definition in float32 on the CPU.

@@ -5,7 +5,7 @@ missing() -> str | None
 unsupported(query, key, value, mask, *, dropout) -> str | None
     Why it cannot run this call, in words, from shapes and dtypes alone.
 
-Those that run on one platform, `_dispatch.FUSED`, also have
+Those that run on one platform, `_plan.FUSED`, also have
 
 unwise(query, key, value, mask) -> str | None
     Why another is better, unless the caller names this one.
@@ -22,9 +22,9 @@ backward(query, key, value, mask, scale, dropout, out, lse, d_out, *, precision,
 
 `_dispatch` makes them differentiable. `blockwise` also returns the attention
 weights. `reference` is the definition, which all others are tested against; JAX
-differentiates it.
+differentiates it. `ragged` is `blockwise` for `RaggedArray`s; its functions differ.
 
-To add a kernel: write its module, add it here and in the tables of `_dispatch`.
+To add a kernel: write its module, add it here and in the table of `_plan`.
 """
 
 from collections.abc import Mapping

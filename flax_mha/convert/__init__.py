@@ -15,6 +15,8 @@ from flax_mha.convert._find import find_look_alikes as find_look_alikes
 from flax_mha.convert._layer import from_torch as from_torch
 from flax_mha.convert._layer import params_from_state_dict as params_from_state_dict
 from flax_mha.convert._layer import state_dict_from_params as state_dict_from_params
+from flax_mha.convert._nested import nested_from_ragged as nested_from_ragged
+from flax_mha.convert._nested import ragged_from_nested as ragged_from_nested
 from flax_mha.convert._read import Checkpoint as Checkpoint
 from flax_mha.convert._read import read_state_dict as read_state_dict
 from flax_mha.convert._stock import from_stock as from_stock
@@ -41,8 +43,10 @@ __all__ = [
     "from_stock",
     "from_torch",
     "load_params",
+    "nested_from_ragged",
     "params_from_state_dict",
     "plan_tree",
+    "ragged_from_nested",
     "read_state_dict",
     "save_params",
     "save_safetensors",

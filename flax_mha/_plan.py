@@ -1,0 +1,118 @@
+"""What is decided about a call when it is traced, and what when it is lowered."""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+
+from flax_mha._blocks import WHOLE_LOGITS
+from flax_mha._dropout import Dropout
+from flax_mha._kernels import KERNELS
+from flax_mha._lowering import ANY, Target
+from flax_mha._masks import Mask
+from flax_mha._typing import KeyHeads, Precision, QueryHeads, ValueHeads
+
+FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
+
+
+class Reasons(NamedTuple):
+    """Why a kernel does not run a call, each in words or None; see `_kernels`."""
+
+    never: str | None = None
+    unnamed: str | None = None  # where the caller did not name it
+    divided: str | None = None  # where XLA has to divide it among devices
+
+
+class Plan(NamedTuple):
+    """What was decided when a call was traced."""
+
+    logits: tuple[int, int, int, int]  # batch, heads, tgt, src
+    weights: Literal["mean", "heads"] | None
+    precision: Precision
+    implementation: str | None
+    reasons: tuple[tuple[str, Reasons], ...]  # by kernel
+    # Of `RaggedArray`s: whether queries and keys lie the same way. Else None.
+    same_lengths: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        query: QueryHeads,
+        key: KeyHeads,
+        value: ValueHeads,
+        mask: Mask,
+        dropout: Dropout | None,
+        *,
+        weights: Literal["mean", "heads"] | None,
+        precision: Precision,
+        implementation: str | None,
+        same_lengths: bool | None = None,
+        unwise: str | None = None,
+    ) -> "Plan":
+        """Plans from shapes and dtypes.
+
+        Args:
+            unwise: Why no kernel should run on these arrays, unless it is named.
+
+        Raises:
+            ValueError: The kernel named cannot run this call.
+        """
+
+        def reasons(kernel):
+            args = (query, key, value, mask)
+            never = kernel.missing() or kernel.unsupported(*args, dropout=dropout)
+            if never is not None:
+                return Reasons(never)
+            return Reasons(
+                None, kernel.unwise(*args) or unwise, kernel.indivisible(*args)
+            )
+
+        if precision is None:  # kernels are traced later, outside of this context
+            precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+        batch, tgt_len, num_heads, _ = query.shape
+        plan = cls(
+            logits=(batch, num_heads, tgt_len, key.shape[1]),
+            weights=weights,
+            precision=precision,
+            implementation=implementation,
+            reasons=tuple((name, reasons(KERNELS[name])) for name in FUSED.values()),
+            same_lengths=same_lengths,
+        )
+        for platform, name in FUSED.items():
+            if name == implementation:  # raises what can be known now
+                plan.kernel(Target(platform, partitioned=False))
+        return plan
+
+    def kernel(self, target: Target) -> str:
+        """Returns the name of the kernel that runs on `target`."""
+        if target == ANY:
+            return "blockwise"
+        name = self.implementation or FUSED.get(target.platform, "blockwise")
+        reason = self.reason(name, target)
+        if reason is None:
+            return name
+        if self.implementation is None:
+            return "blockwise"
+        raise ValueError(f"implementation={name!r} cannot run this call: {reason}.")
+
+    def reason(self, name: str, target: Target) -> str | None:
+        """Returns why a kernel does not run on `target`, or None."""
+        platforms = [platform for platform, fused in FUSED.items() if fused == name]
+        if platforms and target.platform not in platforms:
+            return f"it is for {platforms[0]}, not for {target.platform}"
+        reasons = dict(self.reasons).get(name, Reasons())
+        unnamed = reasons.unnamed if self.implementation is None else None
+        divided = reasons.divided if target.partitioned else None
+        return reasons.never or unnamed or divided
+
+    def is_padded(self, target: Target) -> bool:
+        """Whether the kernel gets padded arrays though the call's are ragged."""
+        if target == ANY or self.kernel(target) != "blockwise":
+            return True
+        # As few logits as fit into one block: faster than to go from one to another.
+        return is_whole(target) and math.prod(self.logits) <= WHOLE_LOGITS
+
+
+def is_whole(target: Target) -> bool:
+    """Whether blocks hold all sequences and heads; see `block_sizes`."""
+    return target.partitioned or target.platform not in ("any", "cpu")
