@@ -21,25 +21,28 @@ class Explanation:
 
     Attributes:
         shape: Of the logits: (batch, heads, queries, keys), without axes added by
-            `jax.vmap`; of one device's inside `jax.shard_map`.
+            `jax.vmap`; of one device's inside `jax.shard_map`. Of `RaggedArray`s, that
+            with padding, of which "blockwise" visits less, where it is worth it.
         weights: "mean" or "heads" if the call asks for attention weights, or None.
             Under `jit`, those that nobody uses are not computed.
         kernels: By platform: the kernel that runs, or None if the implementation that
             was named cannot. Weights that are used are always computed by blockwise.
         reasons: By platform: the platform's own kernel or the one that was named, if it
             does not run, and why.
+        is_ragged: The call is one of `RaggedArray`s.
     """
 
     shape: tuple[int, int, int, int]
     weights: str | None
     kernels: dict[str, str | None]
     reasons: dict[str, dict[str, str]]
+    is_ragged: bool
 
     def __str__(self) -> str:
         batch, heads, tgt_len, src_len = self.shape
         lines = [
             f"{batch} sequences, {heads} heads, {tgt_len} queries, {src_len} keys, "
-            f"weights: {self.weights}"
+            f"weights: {self.weights}" + (", ragged" if self.is_ragged else "")
         ]
         for platform, kernel in self.kernels.items():
             lines.append(f"  {platform}: {kernel}")
@@ -98,4 +101,5 @@ def _explanation(plan: Plan) -> Explanation:
         refused = why and plan.implementation
         kernels[platform] = None if refused else plan.kernel(target)
         reasons[platform] = {name: why} if why else {}
-    return Explanation(plan.logits, plan.weights, kernels, reasons)
+    is_ragged = plan.same_lengths is not None
+    return Explanation(plan.logits, plan.weights, kernels, reasons, is_ragged)

@@ -16,6 +16,7 @@ from flax_mha._masks import Mask
 from flax_mha._ragged import RaggedArray, take_tokens
 from flax_mha._typing import (
     Array,
+    ArrayLike,
     KeyHeads,
     MaskArray,
     OutHeads,
@@ -154,16 +155,16 @@ def backward(
     )
 
 
-def pack(padded: Array, like: RaggedArray) -> Array:
+def pack(padded: ArrayLike, like: RaggedArray) -> Array:
     """Returns (capacity, ...) of (batch, max_len, ...), with zeros in the slack."""
-    return take_tokens(padded, like.segment_ids, like.positions)
+    return take_tokens(jnp.asarray(padded), like.segment_ids, like.positions)
 
 
 def unpack(values: Array, like: RaggedArray, fill: float = 0) -> OutHeads:
     return RaggedArray(values, like.offsets, like.max_len).to_padded(fill)
 
 
-def _is_weight(query: RaggedArray, key: RaggedArray, weights: Array) -> Array:
+def _is_weight(query: RaggedArray, key: RaggedArray, weights: Array) -> ArrayLike:
     """Returns which weights are not those of padding, (batch, #heads, tgt, src)."""
     column = np.arange(weights.shape[-1], dtype=np.int32)[None]
     is_row = _positions(query) < query.lengths[:, None]

@@ -174,11 +174,19 @@ class RaggedArray:
             .get(mode="fill", fill_value=padding_value, unique_indices=True)
         )
 
-    def unbind(self) -> list[Array]:
-        """Returns the elements, (length, ...). Not under `jit`: shapes are static."""
+    def unbind(self) -> list[ArrayLike]:
+        """Returns the elements, (length, ...), as NumPy arrays.
+
+        Not where offsets are traced, as all shapes are static there; where only the
+        values are, the elements are JAX arrays.
+
+        Raises:
+            ValueError: Offsets are traced.
+        """
         offsets = _ragged_checks.known_offsets(self.offsets)
-        pairs = itertools.pairwise(offsets)
-        return [self.values[start:stop] for start, stop in pairs]
+        values = known(self.values)
+        values = self.values if values is None else values
+        return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
 
     def only_tokens(self) -> "RaggedArray":
         """Returns this with zeros in the slack, so that sums may be over all of it."""
@@ -253,14 +261,19 @@ class RaggedArray:
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
 
-    def __iter__(self) -> Iterator[Array]:
+    def __iter__(self) -> Iterator[ArrayLike]:
         return iter(self.unbind())
 
-    def __getitem__(self, index: "int | slice") -> "Array | RaggedArray":
+    def __getitem__(self, index: "int | slice") -> Any:
         """Returns an element, (length, ...), or a `RaggedArray` of some neighbours.
 
         Neighbours share the values: the others become slack. That works under `jit`;
-        a single element, whose shape depends on the offsets, does not.
+        a single element is as of `unbind`.
+
+        Raises:
+            IndexError: There is no such element.
+            TypeError: The index is neither an integer nor a slice.
+            ValueError: The slice has another step than 1; or see `unbind`.
         """
         if isinstance(index, slice):
             start, stop = _ragged_checks.neighbours(index, len(self))
@@ -287,7 +300,8 @@ class RaggedArray:
 
     def __repr__(self) -> str:
         is_array = isinstance(self.offsets, jax.Array | np.ndarray)
-        if not is_array or self.offsets.ndim != 1:  # JAX's own, or several in one
+        # Else it is one of those that JAX makes: gradients, several in one, ...
+        if not is_array or self.offsets.ndim != 1 or self.offsets.dtype != np.int32:
             return (
                 f"RaggedArray(values={self.values!r}, offsets={self.offsets!r}, "
                 f"max_len={self.max_len})"

@@ -103,8 +103,9 @@ class Window(NamedTuple):
         return update_at(x, part, self._at())
 
     def add(self, x: Array, part: Array) -> Array:
-        """Returns `x` with `part`, which is 0 outside, added."""
-        return add_at(x, part.swapaxes(0, 1), self._at())
+        """Returns `x` with the window's part added."""
+        part = jnp.where(self.inside, part, 0).swapaxes(0, 1)
+        return add_at(x, part, self._at())
 
     def _at(self) -> tuple:
         return self.token, self.head, 0

@@ -163,8 +163,8 @@ def known_offsets(offsets: ArrayLike) -> np.ndarray:
     values = known(offsets)
     if values is None:
         raise ValueError(
-            "offsets must be known to return a single element, whose shape depends on "
-            "them, got those of a traced array: under jit, take a slice or to_padded()."
+            "offsets must be known to return elements, whose shapes depend on them, "
+            "got traced ones: under jit, use map(), to_padded(), or slices."
         )
     return values
 

@@ -101,7 +101,9 @@ class Rows(NamedTuple):
 
         Those of k and v are (..., dim, columns).
         """
-        probs = jnp.exp(jnp.minimum(logits - self.lse[..., :1] - self.lse[..., 1:], 0))
+        # No probability is more than 1, but a row of another element may seem to be.
+        log_probs = logits - self.lse[..., :1] - self.lse[..., 1:]
+        probs = jnp.exp(jnp.minimum(log_probs, 0))
         d_probs = product("...qd,...kd->...qk", self.d_out, v, precision)
         if self.d_weights is not None:
             d_probs = d_probs + self.d_weights

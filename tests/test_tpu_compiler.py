@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_mha import MultiheadAttention
+from flax_mha import MultiheadAttention, RaggedArray
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._masks import Mask
 
@@ -164,3 +164,42 @@ def test_a_program_divided_by_xla_has_no_kernel_and_no_communication(grad):
     )
     program = jax.jit(mapped).lower(x, x, x).compile()
     assert kernels(program) == 1 + grad
+
+
+def compiled_ragged(capacity, max_len, *, batch=8, dropout=0.0):
+    """Compiles a training step on a ragged batch, for one TPU."""
+    mha = MultiheadAttention(512, 8, dropout=dropout, param_dtype=jnp.bfloat16)
+    x = RaggedArray(
+        jnp.zeros((capacity, 512), jnp.bfloat16), jnp.zeros(batch + 1, "int32"), max_len
+    )
+
+    def loss(variables, x, rng):
+        options = dict(deterministic=False, rngs={"dropout": rng})
+        out, _ = mha.apply(variables, x, x, x, **options)
+        return jnp.sum(out.values.astype(jnp.float32))
+
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    init = functools.partial(mha.init, deterministic=True)
+    variables = jax.eval_shape(init, rng, x, x, x)
+    here = SingleDeviceSharding(devices("v5e:2x2")[0])
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        (variables, x, rng),
+    )
+    return jax.jit(jax.grad(loss)).lower(*args).compile()
+
+
+def test_splash_runs_on_the_padded_arrays_of_a_ragged_batch():
+    assert kernels(compiled_ragged(8192, 2048)) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(max_len=8192), dict(max_len=2048, dropout=0.1)],
+    ids=["much-padding", "dropout"],
+)
+def test_blocks_of_ragged_batches_take_memory_by_the_token(options):
+    program = compiled_ragged(8192, **options)
+    assert kernels(program) == 0
+    # An array of all tokens in float32 has 16 MiB, all the logits 1 GiB and more.
+    assert temporaries(program) <= 4 * (8192 * 512 * 4)

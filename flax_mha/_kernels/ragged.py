@@ -121,9 +121,11 @@ def backward(
         (call.query, call.key, call.value, biases),
     )
 
+    # A block reads rows of other elements too, whose probabilities must not be NaN.
+    lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
+
     def one_block(gradients, block):
         q, o, d_o = (block.rows.read(x) for x in (call.query, out, d_out))
-        # Rows outside have whatever sum: their cotangent is 0.
         terms = block.rows.read_any(lse)
         rows = Rows(q, terms, d_o, None, delta_of(o, d_o, scale.dtype))
 
