@@ -11,6 +11,7 @@ from flax_mha._attention import multi_head_attention
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import KERNELS
 from flax_mha._params import ParamSpec, parameter_table
+from flax_mha._ragged import Sequences
 from flax_mha._typing import Array, ArrayLike, DType, Precision
 
 
@@ -88,29 +89,30 @@ class MultiheadAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
-        key_padding_mask: ArrayLike | None = None,
+        query: Sequences,
+        key: Sequences,
+        value: Sequences,
+        key_padding_mask: Sequences | None = None,
         need_weights: bool = True,
         attn_mask: ArrayLike | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
         deterministic: bool | None = None,
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Sequences, Array | None]:
         """Attends from `query` to `key` and `value`, as `torch.nn.MultiheadAttention`.
 
         Shapes are for `batch_first=True`; otherwise the first two axes of query, key,
         value and the output are swapped. Without a batch, leave out `batch`
-        everywhere; `batch_first` then has no effect.
+        everywhere; `batch_first` then has no effect. Nor has it if query, key and value
+        are `RaggedArray`s, whose shapes are those with padding to `max_len`.
 
         Args:
             query: What attends, (batch, tgt_len, embed_dim).
             key: What is compared with `query`, (batch, src_len, kdim).
             value: What is averaged, (batch, src_len, vdim).
             key_padding_mask: (batch, src_len). Boolean: **True is ignored**. Float:
-                added to the logits.
+                added to the logits. With `RaggedArray`s, one of values (capacity,).
             need_weights: Also return the attention weights. Under `jit`, weights that
                 are not used cost nothing.
             attn_mask: (tgt_len, src_len), or (batch * num_heads, tgt_len, src_len)
@@ -125,10 +127,11 @@ class MultiheadAttention(nn.Module):
                 as `apply(..., rngs={"dropout": key})`.
 
         Returns:
-            The output, (batch, tgt_len, embed_dim), and the weights after dropout,
-            (batch, tgt_len, src_len), or (batch, num_heads, tgt_len, src_len) if not
-            averaged, or None if not needed. With `add_bias_kv` and `add_zero_attn`
-            the weights have a column more for each. A query that may attend to
+            The output, (batch, tgt_len, embed_dim), a `RaggedArray` if the query is
+            one, and the weights after dropout, (batch, tgt_len, src_len), or (batch,
+            num_heads, tgt_len, src_len) if not averaged, or None if not needed. With
+            `add_bias_kv` and `add_zero_attn` the weights have a column more for each.
+            Those of padding are 0. A query that may attend to
             nothing gets NaN if `need_weights`, and makes all gradients NaN, used or
             not; without, it gets `out_proj`'s bias and no gradient. Both as in PyTorch.
 

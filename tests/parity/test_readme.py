@@ -4,6 +4,7 @@ import contextlib
 import io
 import pathlib
 import re
+import runpy
 import shlex
 
 import jax
@@ -15,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 GUIDE = ROOT / "docs" / "converting.md"
+RAGGED = ROOT / "docs" / "ragged.md"
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +69,21 @@ def run_commands(block):
     return printed.getvalue()
 
 
+def test_a_reader_can_run_the_guide_to_ragged_batches(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", RAGGED.read_text(), re.M | re.S):
+        exec(compile(block, RAGGED.name, "exec"), names)
+
+
+def test_the_drawing_of_blocks_is_of_those_that_are_computed():
+    with jax.enable_x64(False):
+        drawing = runpy.run_path(str(ROOT / "docs" / "draw_ragged_blocks.py"))
+    assert drawing["drawing"]() == drawing["FILE"].read_text()
+
+
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", GUIDE], ids=lambda page: page.name
+    "page", [ROOT / "README.md", GUIDE, RAGGED], ids=lambda page: page.name
 )
 def test_every_file_that_a_page_names_exists(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
