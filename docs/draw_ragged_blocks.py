@@ -20,7 +20,8 @@ def visited(lengths: list[int], is_causal: bool) -> list[tuple[int, int, int, in
     """Returns (first query, first key, queries, keys) of each block, of all tokens."""
     span = Span.of(np.cumsum([0, *lengths], dtype=np.int32))
     tokens, longest = sum(lengths), max(lengths)
-    sizes = block_sizes(tokens, longest, 1, tokens, same_lengths=True, whole=False)
+    options = dict(same_lengths=True, whole=False, is_backward=False)
+    sizes = block_sizes(tokens, longest, 1, tokens, **options)
     schedule = Schedule.of(sizes, span, span, tokens)
     found = []
     with jax.disable_jit():  # so that loops are Python's

@@ -11,12 +11,13 @@ import numpy as np
 from jax import lax
 
 from flax_mha._blocks import add_at, slice_at, update_at
-from flax_mha._typing import Array, MaskArray
+from flax_mha._typing import Array, ArrayLike, MaskArray
 
-# From measurements on CPUs: large blocks are fast, up to 2 MB of logits, which stay in
-# the caches; and where rows come in steps of 32, few are computed for nothing.
+# From measurements on CPUs: large blocks are fast as long as they stay in the caches, 2
+# MB of logits, or 1 MB in the backward pass, which has several arrays of them. With
+# rows in steps of 32, few are computed for nothing.
 _LARGEST = 512
-_LOGITS = 2**19
+_LOGITS, _LOGITS_BACKWARD = 2**19, 2**18
 _STEP = 32
 # Of fewer columns, too little is computed at once. And if all heads are in a block,
 # that is for accelerators, or for devices that divide it: fewer sizes are enough.
@@ -39,6 +40,7 @@ def block_sizes(
     *,
     same_lengths: bool,
     whole: bool,
+    is_backward: bool,
 ) -> list[BlockSize]:
     """Returns the sizes that blocks of a call may have, by their rows.
 
@@ -52,10 +54,11 @@ def block_sizes(
         return []
     step = _WIDE_STEP if whole else _STEP
     limit = min(_LARGEST, -(-max_len // step) * step)
+    logits = _LOGITS_BACKWARD if is_backward else _LOGITS
     sizes = []
     for rows in sorted({min(n, tokens) for n in range(step, limit + 1, step)}):
         columns = min(rows if same_lengths else max(rows, _WIDE_STEP), max(keys, 1))
-        most = num_heads if whole else max(_LOGITS // (rows * columns), 1)
+        most = num_heads if whole else max(logits // (rows * columns), 1)
         divisors = (n for n in range(1, num_heads + 1) if num_heads % n == 0)
         heads = max(n for n in divisors if n <= most)
         sizes.append(BlockSize(rows, columns, heads))
@@ -121,7 +124,7 @@ class Span(NamedTuple):
     length: Array
 
     @classmethod
-    def of(cls, offsets: Array) -> "Span":
+    def of(cls, offsets: ArrayLike) -> "Span":
         return cls(jnp.asarray(offsets)[:-1], jnp.diff(jnp.asarray(offsets)))
 
     def window(self, place: Array, size: Array | int, capacity: int) -> tuple:

@@ -88,6 +88,7 @@ def small_blocks(monkeypatch):
     """Elements are cut into several parts, and heads into groups."""
     monkeypatch.setattr(_ragged_blocks, "_LARGEST", 64)
     monkeypatch.setattr(_ragged_blocks, "_LOGITS", 64 * 32)
+    monkeypatch.setattr(_ragged_blocks, "_LOGITS_BACKWARD", 64 * 32)
     jax.clear_caches()
     yield
     jax.clear_caches()

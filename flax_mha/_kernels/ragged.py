@@ -65,7 +65,7 @@ def forward(
         slack.
     """
     args = (query, key, value, mask, scale, dropout, extra)
-    call = _Call.of(*args, same_lengths, whole)
+    call = _Call.of(*args, same_lengths, whole, is_backward=False)
     rows, value_dim = call.query.shape[:2], call.value.shape[2]
     out = jnp.zeros((*rows, value_dim), query.dtype)
     lse = jnp.zeros((*rows, 2), scale.dtype)
@@ -114,7 +114,7 @@ def backward(
         out, lse: What `forward` returned.
     """
     args = (query, key, value, mask, scale, dropout, extra)
-    call = _Call.of(*args, same_lengths, whole)
+    call = _Call.of(*args, same_lengths, whole, is_backward=True)
     biases = mask.attn_bias if with_bias else ()
     gradients = jax.tree.map(
         functools.partial(jnp.zeros_like, dtype=scale.dtype),
@@ -184,7 +184,18 @@ class _Call:
 
     @classmethod
     def of(
-        cls, query, key, value, mask, scale, dropout, extra, same_lengths, whole
+        cls,
+        query: RaggedArray,
+        key: RaggedArray,
+        value: RaggedArray,
+        mask: Mask,
+        scale: Array,
+        dropout: Dropout | None,
+        extra: Extra,
+        same_lengths: bool,
+        whole: bool,
+        *,
+        is_backward: bool,
     ) -> "_Call":
         keys = Span.of(key.offsets)
         arrays = key.values, value.values
@@ -208,6 +219,7 @@ class _Call:
                 key.capacity,
                 same_lengths=same_lengths,
                 whole=whole,
+                is_backward=is_backward,
             ),
         )
 
