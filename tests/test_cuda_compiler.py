@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mha import MultiheadAttention
+from flax_mha import MultiheadAttention, RaggedArray
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._masks import Mask
 from tests.test_cudnn import BATCH, MASKS, both_passes, inputs
@@ -186,3 +186,39 @@ def test_a_training_step_never_holds_the_logits(h100, dtype, name):
     assert program.memory_analysis().temp_size_in_bytes < logits_of_one_dtype / 2
     has_cudnn = dtype == "bfloat16" and name not in ("float32", "per_head", "dropout")
     assert bool(calls_of_cudnn(program.as_text())) == has_cudnn
+
+
+def ragged_step(h100, dtype, **options):
+    """Compiles a training step on a ragged batch."""
+    mha = MultiheadAttention(512, 8, param_dtype=dtype, **options)
+    offsets = jnp.zeros(9, "int32")
+    x = RaggedArray(jnp.zeros((8192, 512), dtype), offsets, max_len=2048)
+
+    def loss(variables, x, rng):
+        rngs = {"dropout": rng}
+        out, _ = mha.apply(variables, x, x, x, deterministic=False, rngs=rngs)
+        return jnp.sum(out.values.astype("float32"))
+
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(
+        lambda rng: mha.init(rng, x, x, x, deterministic=True), rng
+    )
+    args = variables, x, rng
+    sharding = jax.sharding.SingleDeviceSharding(h100[0])
+    return compiled(jax.grad(loss), args, sharding)
+
+
+def test_cudnn_runs_on_the_padded_arrays_of_a_ragged_batch(h100):
+    calls = calls_of_cudnn(ragged_step(h100, "bfloat16").as_text())
+    assert sorted(calls) == ["Softmax", "SoftmaxBackward"]
+
+
+@pytest.mark.parametrize(
+    "dtype, options", [("float32", {}), ("bfloat16", {"dropout": 0.1})], ids=str
+)
+def test_blocks_of_ragged_batches_take_memory_by_the_token(h100, dtype, options):
+    with jax.enable_x64(False):
+        program = ragged_step(h100, dtype, **options)
+    assert calls_of_cudnn(program.as_text()) == []
+    tokens = 8192 * 512 * 4  # bytes; all the logits are 64 times that
+    assert program.memory_analysis().temp_size_in_bytes <= 24 * tokens
