@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mha._dispatch import dot_product_attention
+from flax_mha._dispatch import dot_product_attention, ragged_dot_product_attention
+from flax_mha._masks import Mask
+from flax_mha._padded import Extra
 from flax_mha._plan import FUSED
+from flax_mha._ragged import RaggedArray
 from tests.test_kernel_contract import MASKS, SCALE, assert_close, wave
 
 # Relative to the largest element, against the definition in float32 on the CPU.
@@ -84,3 +87,34 @@ def test_the_platforms_kernel_is_close_to_the_definition(platform, mask_name):
     step_of = jax.jit(step, static_argnames="implementation")
     got = step_of(*args, implementation=FUSED[platform])
     assert_close(got, expected(*args), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("max_len", [577, 20_000], ids=["padded", "blocks"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ragged_batches_are_close_to_the_definition(
+    platform, dtype, is_causal, max_len
+):
+    rng = np.random.default_rng(0)
+    offsets = jnp.array([0, 200, 200, 777, 1300], "int32")
+    values = jnp.asarray(rng.normal(size=(3, 1400, HEADS, 64)), dtype)
+
+    def step(values, offsets):
+        def loss(values):
+            q, k, v = (RaggedArray(x, offsets, max_len) for x in values)
+            out, _ = ragged_dot_product_attention(
+                *(q, k, v, Mask(is_causal=is_causal)),
+                Extra(values[1, :0], values[2, :0]),
+                scale=SCALE,
+                same_lengths=True,
+            )
+            return jnp.sum(out.astype("float32") * wave(out.shape)), out
+
+        return jax.grad(loss, has_aux=True)(values)
+
+    cpu = jax.devices("cpu")[0]
+    wide, there = jax.device_put((values.astype("float32"), offsets), cpu)
+    with jax.default_device(cpu):
+        want = jax.jit(step)(wide, there)  # whose numbers other tests are about
+    with jax.default_matmul_precision("highest"):
+        assert_close(jax.jit(step)(values, offsets), want, TOLERANCE[dtype])
