@@ -78,12 +78,12 @@ def multi_head_attention(
         and not need_weights
     )
     is_ragged = any(isinstance(x, RaggedArray) for x in (query, key, value))
-    inputs = (query, key, value, key_padding_mask)
+    inputs: Any = (query, key, value, key_padding_mask)
     statics: dict[str, Any] = dict(static_k=static_k, static_v=static_v)
     if is_ragged:
         _ragged_checks.call(*inputs, attn_mask=attn_mask, **statics)
     _checks.call(
-        *map(_stand_in, inputs),
+        *(map(_stand_in, inputs) if is_ragged else inputs),
         attn_mask=attn_mask,
         features=(num_heads * head_dim, *_source_features(params)),
         num_heads=num_heads,
@@ -162,11 +162,12 @@ def ragged_dot_product_attention(
     Args:
         query, key: For their offsets.
         like_key: What must have the offsets of `key`. Where that is not known before
-            it runs, all results are NaN if not.
+            it runs, all results are NaN if not, or if offsets are wrong.
         projected: Queries, keys and values, (tokens, heads, dim).
     """
     q, k, v = projected
-    v = jnp.where(key.has_offsets_of(like_key), v, jnp.nan)
+    is_right = query.fits & key.fits & key.has_offsets_of(like_key)
+    v = v if is_right is True else jnp.where(is_right, v, jnp.nan)
     return _dispatch.ragged_dot_product_attention(
         dataclasses.replace(query, values=q),
         dataclasses.replace(key, values=k),

@@ -35,8 +35,8 @@ class RaggedArray:
     Attributes:
         values: (capacity, ...), each token's features.
         offsets: (batch + 1,) integers, not decreasing: element `i` is
-            `values[offsets[i] : offsets[i + 1]]`. Under `jit`, where nobody can check
-            them, wrong ones give wrong results.
+            `values[offsets[i] : offsets[i + 1]]`. Of wrong ones that are traced, for
+            which nothing can be raised, attention gives NaN.
         max_len: No element is longer. A Python integer, part of what is compiled for;
             the capacity if None.
 
@@ -61,6 +61,13 @@ class RaggedArray:
             object.__setattr__(self, "offsets", self.offsets.astype(np.int32))
         if self.max_len is None:
             object.__setattr__(self, "max_len", self.capacity)
+
+    # NumPy and JAX would look at the elements one by one.
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise _ragged_checks.no_array(self)
+
+    def __jax_array__(self) -> Array:
+        raise _ragged_checks.no_array(self)
 
     @classmethod
     def from_list(
@@ -93,6 +100,21 @@ class RaggedArray:
         values = [*map(library.asarray, arrays), np.zeros(slack, arrays[0].dtype)]
         values = jnp.asarray(library.concatenate(values))
         return cls(values, _offsets(np.array(lengths)), max_len)
+
+    @classmethod
+    def stack(cls, arrays: "Sequence[RaggedArray]") -> "RaggedArray":
+        """Returns one with an axis more in both arrays, for `vmap` and `shard_map`.
+
+        `x[0]` is the first of them again. Nothing else works on what is stacked.
+
+        Raises:
+            TypeError: One is not a `RaggedArray`.
+            ValueError: There is none, or their sizes differ.
+        """
+        _ragged_checks.equal_parts(arrays)
+        is_traced = any(known(x) is None for x in jax.tree.leaves(list(arrays)))
+        stack = jnp.stack if is_traced else np.stack
+        return jax.tree.map(lambda *parts: stack(parts), *arrays)
 
     @classmethod
     def from_padded(
@@ -145,7 +167,7 @@ class RaggedArray:
         if may_lack_room:
             _checks.floating(padded=values)
             fits = (jnp.sum(lengths) <= tokens) & jnp.all(lengths <= longest)
-            values = jnp.where(fits, values, jnp.nan)
+            values = _nan_unless(fits, values)
         return cls(values, offsets, longest)
 
     def to_padded(self, padding_value: Any = 0, max_len: int | None = None) -> Array:
@@ -168,11 +190,9 @@ class RaggedArray:
         outside = self.capacity + np.arange(inside.size, dtype=np.int32)
         at = self.offsets[:-1, None] + position
         at = jnp.where(inside, at, outside.reshape(inside.shape))
-        return (
-            jnp.asarray(self.values)
-            .at[at]
-            .get(mode="fill", fill_value=padding_value, unique_indices=True)
-        )
+        tokens = jnp.asarray(self.values).at[at]
+        padded = tokens.get(mode="fill", fill_value=padding_value, unique_indices=True)
+        return _nan_unless(self.fits, padded)
 
     def unbind(self) -> list[ArrayLike]:
         """Returns the elements, (length, ...), as NumPy arrays.
@@ -202,24 +222,41 @@ class RaggedArray:
     def has_offsets_of(self, others: "Sequence[RaggedArray | None]") -> Array | bool:
         """Returns whether all that are not None have the same offsets as this."""
         others = [x for x in others if x is not None and x.offsets is not self.offsets]
+        if not others or all(known(x.offsets) is not None for x in (self, *others)):
+            return True  # or else an error has been raised
         same = [jnp.all(x.offsets == self.offsets) for x in others]
-        return functools.reduce(jnp.logical_and, same, True)
+        return functools.reduce(jnp.logical_and, same)
 
     def map(self, function: Callable[..., Array], *others: "RaggedArray") -> Any:
         """Returns this with `function(values, *values of others)` as its values.
 
         For what is done to each token, such as `flax.linen.Dense` or `jnp.add`. It
-        sees the slack too, so it must not mix tokens, as sums over all of them do.
+        sees the slack too, so it must not mix tokens, as sums over all of them do. If
+        others have other offsets, which is found out only when it runs, floating-point
+        results are NaN.
 
         Raises:
             ValueError: An other has another batch, capacity or `max_len`, or the result
                 has not as many tokens.
         """
-        for other in others:
-            _ragged_checks.same_elements("others", other, "this array", self)
+        for n, other in enumerate(others):
+            _ragged_checks.same_elements(f"others[{n}]", other, "this array", self)
         values = function(self.values, *(other.values for other in others))
         _ragged_checks.token_values("the result of function", values, self.capacity)
+        values = _nan_unless(self.has_offsets_of(others), values)
         return RaggedArray(values, self.offsets, self.max_len)
+
+    @property
+    def fits(self) -> Array | bool:
+        """Whether offsets do not decrease, and fit the capacity and `max_len`.
+
+        Known to be so for all but traced ones. Attention to what does not is NaN.
+        """
+        if known(self.offsets) is not None:
+            return True
+        inside = (self.offsets[0] >= 0) & (self.offsets[-1] <= self.capacity)
+        lengths = self.lengths
+        return inside & jnp.all((lengths >= 0) & (lengths <= self.max_len))
 
     @property
     def lengths(self) -> ArrayLike:
@@ -259,13 +296,15 @@ class RaggedArray:
         return self.values.dtype
 
     def __len__(self) -> int:
-        return self.offsets.shape[0] - 1
+        return self.offsets.shape[-1] - 1
 
     def __iter__(self) -> Iterator[ArrayLike]:
         return iter(self.unbind())
 
     def __getitem__(self, index: "int | slice") -> Any:
         """Returns an element, (length, ...), or a `RaggedArray` of some neighbours.
+
+        Of stacked ones, one of them.
 
         Neighbours share the values: the others become slack. That works under `jit`;
         a single element is as of `unbind`.
@@ -275,6 +314,8 @@ class RaggedArray:
             TypeError: The index is neither an integer nor a slice.
             ValueError: The slice has another step than 1; or see `unbind`.
         """
+        if self.offsets.ndim > 1:  # stacked
+            return jax.tree.map(lambda array: array[index], self)
         if isinstance(index, slice):
             start, stop = _ragged_checks.neighbours(index, len(self))
             offsets = self.offsets[start : stop + 1]
@@ -302,8 +343,9 @@ class RaggedArray:
         is_array = isinstance(self.offsets, jax.Array | np.ndarray)
         # Else it is one of those that JAX makes: gradients, several in one, ...
         if not is_array or self.offsets.ndim != 1 or self.offsets.dtype != np.int32:
+            values, offsets = map(_briefly, (self.values, self.offsets))
             return (
-                f"RaggedArray(values={self.values!r}, offsets={self.offsets!r}, "
+                f"RaggedArray(values={values}, offsets={offsets}, "
                 f"max_len={self.max_len})"
             )
         lengths = known(self.lengths)
@@ -330,6 +372,18 @@ def _room(
         max_len = 1 << max(0, longest - 1).bit_length()
     _ragged_checks.room(lengths, capacity, max_len)
     return capacity, max_len
+
+
+def _briefly(value: Any) -> str:
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return f"{value.dtype}{list(value.shape)}" if is_array else repr(value)
+
+
+def _nan_unless(is_right: Array | bool, values: Array) -> Array:
+    """Returns NaN where nothing can be raised: this is found out when it runs."""
+    if is_right is True or not jnp.issubdtype(values.dtype, jnp.floating):
+        return values
+    return jnp.where(is_right, values, jnp.nan)
 
 
 def take_tokens(padded: Array, element: Array, place: Array) -> Array:

@@ -25,30 +25,31 @@ def attributes(values: ArrayLike, offsets: ArrayLike, max_len: int | None) -> No
         )
     if max_len is not None:
         size("max_len", max_len)
-    if isinstance(offsets, np.ndarray):  # reading a device's would wait for it
-        lengths = np.diff(offsets)
-        if (
-            offsets[0] < 0
-            or offsets[-1] > values.shape[0]
-            or lengths.min(initial=0) < 0
-        ):
-            raise ValueError(
-                "offsets must not decrease, from 0 or more to the capacity = "
-                f"{values.shape[0]} or less, got {offsets}."
-            )
-        if max_len is not None and lengths.max(initial=0) > max_len:
-            raise ValueError(
-                "max_len must not be less than an element is long, got "
-                f"max_len={max_len} and lengths up to {lengths.max()}."
-            )
+    lengths_fit(offsets, values.shape[0], max_len)
+
+
+def lengths_fit(offsets: ArrayLike, capacity: int, max_len: int | None) -> None:
+    """Checks offsets, as far as they are known."""
+    host = known(offsets)
+    if host is None:
+        return
+    lengths = np.diff(host)
+    if host[0] < 0 or host[-1] > capacity or lengths.min(initial=0) < 0:
+        raise ValueError(
+            "offsets must not decrease, from 0 or more to the capacity = "
+            f"{capacity} or less, got {host}."
+        )
+    if max_len is not None and lengths.max(initial=0) > max_len:
+        raise ValueError(
+            "max_len must not be less than an element is long, got "
+            f"max_len={max_len} and lengths up to {lengths.max()}."
+        )
 
 
 def list_of_arrays(arrays: Sequence[ArrayLike]) -> None:
     if not isinstance(arrays, Sequence) or not arrays:
-        raise ValueError(
-            "arrays must be a list of at least one array, got "
-            f"{_checks.describe(arrays)}."
-        )
+        got = "none" if isinstance(arrays, Sequence) else _checks.describe(arrays)
+        raise ValueError(f"arrays must be a list of at least one array, got {got}.")
     for n, array in enumerate(arrays):
         name = f"arrays[{n}]"
         _checks.an_array(name, array)
@@ -151,6 +152,31 @@ def index(position: Any, batch: int) -> int:
     return n % batch
 
 
+def equal_parts(arrays: Sequence[Any]) -> None:
+    """Checks what is to be stacked."""
+    if not isinstance(arrays, Sequence) or not arrays:
+        raise ValueError("arrays must be a list of at least one RaggedArray, got none.")
+    for n, array in enumerate(arrays):
+        name = f"arrays[{n}]"
+        _ragged(name, array)
+        got, wanted = (
+            (len(x), x.capacity, x.max_len, x.values.shape[1:], x.dtype)
+            for x in (array, arrays[0])
+        )
+        if got != wanted:
+            raise ValueError(
+                f"{name} must have the batch, capacity, max_len, features and dtype of "
+                f"arrays[0], {wanted}, got {got}."
+            )
+
+
+def no_array(array: Any) -> TypeError:
+    return TypeError(
+        "a RaggedArray is not an array: use x.map(function) for what is done to each "
+        f"token, or x.values, or x.to_padded(). Got {array!r}."
+    )
+
+
 def neighbours(elements: slice, batch: int) -> tuple[int, int]:
     """Returns the first element of a slice, and the one after the last."""
     start, stop, step = elements.indices(batch)
@@ -215,17 +241,34 @@ def call(
     """
     for name, array in dict(query=query, key=key, value=value).items():
         values = _ragged(name, array).values
+        if array.offsets.ndim != 1:
+            raise ValueError(
+                f"{name} must be one RaggedArray, got several, stacked to shape "
+                f"{array.offsets.shape[:-1]}: take one, as {name}[0], or use jax.vmap."
+            )
         if values.ndim != values_ndim:
             axes = {2: "(capacity, features)", 3: "(capacity, heads, head_dim)"}
             raise ValueError(
                 f"{name} must have values of shape {axes[values_ndim]}, "
                 f"got {values.shape}."
             )
+        lengths_fit(array.offsets, array.capacity, array.max_len)
     same_elements("value", value, "key", key)
+    if len(query) != len(key):
+        raise ValueError(
+            "query and key must have as many elements, got "
+            f"{len(query)} and {len(key)}."
+        )
     if is_ragged(attn_mask):
         raise TypeError(
             "attn_mask must be an array of shape (query.max_len, key.max_len) or "
             "(batch * num_heads, query.max_len, key.max_len), got a RaggedArray."
+        )
+    shape = query.max_len, key.max_len
+    if getattr(attn_mask, "ndim", None) == 2 and attn_mask.shape != shape:
+        raise ValueError(
+            "a 2-D attn_mask must have shape (query.max_len, key.max_len) = "
+            f"{shape}, got {attn_mask.shape}."
         )
     for name, static in statics.items():
         if static is not None:
@@ -259,7 +302,7 @@ def no_hint_over(extra: int, attn_mask: Any) -> None:
 
 
 def is_ragged(array: Any) -> bool:
-    return hasattr(array, "is_token")  # what no other array has
+    return hasattr(type(array), "is_token")  # what no other array has
 
 
 def known(array: ArrayLike) -> np.ndarray | None:

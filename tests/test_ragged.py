@@ -138,6 +138,30 @@ class TestTokens:
         assert first_feature(x.map(jnp.add, x).values) == [0, 2, 4]
 
 
+class TestWhatCannotBeRaisedIsNan:
+    """What is wrong, but is found out only when a compiled program runs."""
+
+    @pytest.mark.parametrize(
+        "offsets, max_len",
+        [([0, 3, 2], 5), ([0, 6, 7], 6), ([0, 4, 5], 3), ([-1, 2, 5], 5)],
+    )
+    def test_offsets_and_lengths_that_do_not_fit(self, offsets, max_len):
+        @jax.jit
+        def pad(values, offsets):
+            return RaggedArray(values, offsets, max_len).to_padded()
+
+        offsets = np.array(offsets)
+        assert np.all(np.isnan(pad(np.ones((5, 2)), offsets)))
+        with pytest.raises(ValueError, match=r"^(offsets|max_len) must not"):
+            RaggedArray(np.ones((5, 2)), jnp.asarray(offsets), max_len)
+
+    def test_a_map_over_other_elements(self):
+        x, y = ragged(3, 1, max_len=4), ragged(2, 2, max_len=4)
+        add = jax.jit(lambda x, y: x.map(jnp.add, y).values)
+        assert np.all(np.isnan(add(x, y)))
+        np.testing.assert_array_equal(add(x, x), 2 * x.values)
+
+
 class TestPytree:
     def test_is_one_of_both_arrays(self):
         x = ragged(3, 2)
@@ -146,11 +170,14 @@ class TestPytree:
         assert [str(path[0]) for path in paths] == [".values", ".offsets"]
 
     def test_stacked_ones_can_be_mapped_over(self):
-        stacked = jax.tree.map(
-            lambda *xs: jnp.stack(xs), ragged(3, 2, max_len=4), ragged(1, 4, max_len=4)
-        )
+        parts = ragged(3, 2, max_len=4), ragged(1, 4, max_len=4)
+        stacked = RaggedArray.stack(parts)
         lengths = jax.vmap(lambda x: x.to_padded()[:, 0, 0])(stacked)
         assert lengths.tolist() == [[0, 3], [0, 1]]
+        assert stacked[1].lengths.tolist() == [1, 4]
+        traced = jax.jit(lambda *parts: RaggedArray.stack(parts))(*parts)
+        np.testing.assert_array_equal(traced.values, stacked.values)
+        assert "values=float64[2, 5, 2]" in repr(stacked)
 
     def test_prints_what_is_known(self):
         x = ragged(3, 2, capacity=8)
@@ -162,7 +189,7 @@ class TestPytree:
         assert "lengths=[1, 1, 1, 1, 1, 1, 1, 1, ...]" in repr(ragged(*[1] * 9))
         assert "values=None" in repr(jax.tree.map(lambda _: None, x))
         gradient = jax.grad(lambda x: jnp.sum(x.values), allow_int=True)(x)
-        assert repr(gradient).startswith("RaggedArray(values=Array(")
+        assert "values=float64[8, 2]" in repr(gradient)
 
     def test_any_integers_are_offsets(self):
         x = RaggedArray(np.ones((3, 2)), np.array([0, 3], np.int64))
@@ -196,7 +223,29 @@ PADDED = np.ones((2, 3))
             "max_len must not be less than an element is long, got max_len=2 and",
         ),
         (lambda: RaggedArray(VALUES, OFFSETS, 3.0), TypeError, "max_len must be a Py"),
-        (lambda: RaggedArray.from_list([]), ValueError, "at least one array, got list"),
+        (lambda: RaggedArray.from_list([]), ValueError, "at least one array, got none"),
+        (
+            lambda: RaggedArray.from_list("a"),
+            TypeError,
+            "arrays[0] must be a JAX or Num",
+        ),
+        (
+            lambda: RaggedArray.stack([]),
+            ValueError,
+            "at least one RaggedArray, got none",
+        ),
+        (
+            lambda: RaggedArray.stack([ragged(3), ragged(4)]),
+            ValueError,
+            "arrays[1] must have the batch, capacity, max_len, features and dtype of",
+        ),
+        (
+            lambda: np.sum(ragged(3)),
+            TypeError,
+            "a RaggedArray is not an array: use x.m",
+        ),
+        (lambda: jnp.asarray(ragged(3)), TypeError, "a RaggedArray is not an array"),
+        (lambda: jnp.tanh(ragged(3)), TypeError, "a RaggedArray is not an array"),
         (
             lambda: RaggedArray.from_list([VALUES, VALUES[:, 0]]),
             ValueError,
@@ -265,12 +314,12 @@ PADDED = np.ones((2, 3))
         (
             lambda: ragged(3).map(jnp.add, ragged(2)),
             ValueError,
-            "others must have capacity = 3, as this array; got 2.",
+            "others[0] must have capacity = 3, as this array; got 2.",
         ),
         (
             lambda: ragged(3, 1).map(jnp.add, ragged(2, 2, max_len=4)),
             ValueError,
-            "others must have the offsets of this array, [0 3 4], got [0 2 4].",
+            "others[0] must have the offsets of this array, [0 3 4], got [0 2 4].",
         ),
     ],
 )
