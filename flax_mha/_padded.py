@@ -64,7 +64,6 @@ def arrays(
     same_lengths: bool,
 ) -> tuple[QueryHeads, KeyHeads, ValueHeads, Mask]:
     """Returns the arguments of the same call on padded arrays."""
-
     if not (same_lengths and mask.is_causal):  # or no query sees the padding
         is_padding = _positions(key) >= key.lengths[:, None]
         if not mask.open_columns:

@@ -265,10 +265,11 @@ def call(
             "(batch * num_heads, query.max_len, key.max_len), got a RaggedArray."
         )
     shape = query.max_len, key.max_len
-    if getattr(attn_mask, "ndim", None) == 2 and attn_mask.shape != shape:
+    is_layer = values_ndim == 2  # the function's masks broadcast
+    if is_layer and getattr(attn_mask, "shape", shape)[-2:] != shape:
         raise ValueError(
-            "a 2-D attn_mask must have shape (query.max_len, key.max_len) = "
-            f"{shape}, got {attn_mask.shape}."
+            "attn_mask must have the last axes (query.max_len, key.max_len) = "
+            f"{shape}, got shape {attn_mask.shape}."
         )
     for name, static in statics.items():
         if static is not None:

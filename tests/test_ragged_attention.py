@@ -430,10 +430,14 @@ class TestFunctional:
             want = attend(*heads_first, part, implementation="reference")
             np.testing.assert_allclose(got.swapaxes(0, 1), want, rtol=1e-9, atol=1e-12)
 
-    @pytest.mark.parametrize("shape", [(2, 1), (2, HEADS)], ids=["batch", "heads"])
+    @pytest.mark.parametrize(
+        "shape",
+        [(1, 40), (2, 1, 40, 40), (2, HEADS, 40, 40)],
+        ids=["keys", "batch", "heads"],
+    )
     def test_scaled_dot_product_attention_takes_masks_as_torch(self, shape):
         x = lay([5, 33], HEADS, HEAD_DIM, max_len=40)
-        mask = np.random.default_rng(0).random((*shape, 40, 40)) < 0.7
+        mask = np.random.default_rng(0).random(shape) < 0.7
         attend = functional.scaled_dot_product_attention
         out = attend(x, x, x, mask)
         heads_first = x.to_padded().swapaxes(1, 2)
@@ -532,7 +536,7 @@ X, DENSE = lay([5, 3], EMBED), np.ones((2, 8, EMBED))
             (X, X, X),
             dict(attn_mask=np.zeros((5, 5), bool)),
             ValueError,
-            "a 2-D attn_mask must have shape (query.max_len, key.max_len) = (8, 8)",
+            "attn_mask must have the last axes (query.max_len, key.max_len) = (8, 8)",
         ),
         (
             (X, X, X),
