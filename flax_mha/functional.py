@@ -237,7 +237,8 @@ def _ragged_attention(
     dtype = jnp.result_type(query.values, key.values, value.values)
 
     def all_heads(x):
-        x = jnp.asarray(x.values, dtype)
+        # What is in the slack would be in the gradient of the scale.
+        x = jnp.asarray(x.only_tokens().values, dtype)
         if enable_gqa:
             x = jnp.repeat(x, heads // x.shape[1], axis=1)
         return jnp.broadcast_to(x, (x.shape[0], heads, x.shape[2]))

@@ -237,6 +237,17 @@ def test_a_query_of_no_keys_gets_the_bias_and_one_of_masked_keys_as_in_torch(
     assert np.all(np.isfinite(out[2]))
 
 
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+def test_masks_say_nothing_of_an_element_without_keys(implementation):
+    q, k = lay([2, 2], EMBED), lay([0, 3], EMBED)
+    mask = jnp.ones((q.max_len, k.max_len), bool)
+    apply = module(implementation=implementation)
+    out, weights = apply(q, k, k, attn_mask=mask)
+    bias = apply.args[0]["params"]["out_proj"]["bias"]
+    np.testing.assert_allclose(out[0], np.tile(bias, (2, 1)), rtol=1e-12)
+    assert np.all(np.isnan(out[1])) and not np.any(weights[0])
+
+
 def test_a_hint_replaces_the_mask_as_in_torch():
     x = lay([5, 33], EMBED)
     mask = jnp.zeros((x.max_len, x.max_len), bool)
@@ -429,6 +440,19 @@ class TestFunctional:
             part = mask[: TGT[n], : SRC[n]]
             want = attend(*heads_first, part, implementation="reference")
             np.testing.assert_allclose(got.swapaxes(0, 1), want, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("dtype, rtol", [("float64", 1e-9), ("bfloat16", 0.1)])
+    def test_scale_has_a_gradient(self, dtype, rtol):
+        x = lay([5, 33], HEADS, HEAD_DIM, dtype=dtype)
+
+        def loss(scale, implementation):
+            out = functional.scaled_dot_product_attention(
+                *(x, x, x), scale=scale, implementation=implementation
+            )
+            return jnp.sum(out.values.astype("float64") ** 2)
+
+        got, want = (jax.grad(loss)(0.3, name) for name in ("blockwise", "reference"))
+        np.testing.assert_allclose(got, want, rtol=rtol)
 
     @pytest.mark.parametrize(
         "shape",

@@ -154,14 +154,12 @@ def backward(
     (d_extra_key, d_key), (d_extra_value, d_value) = (
         jnp.split(x, [mask.open_columns]) for x in (d_key * scale, d_value)
     )
-    # In the slack, where the query may be anything, its gradient is 0.
-    d_scale = jnp.where(d_query == 0, 0, d_query * call.query.astype(scale.dtype))
     return (
         (d_query * scale).astype(query.dtype),
         d_key.astype(key.dtype),
         d_value.astype(value.dtype),
         tuple(d.astype(b.dtype) for d, b in zip(d_biases, biases, strict=True)),
-        jnp.sum(d_scale),
+        jnp.sum(d_query * call.query.astype(scale.dtype)),
         Extra(d_extra_key.astype(key.dtype), d_extra_value.astype(value.dtype)),
     )
 
