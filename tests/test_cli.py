@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from flax_mha import convert
 from flax_mha._cli import _commands, main
-from tests.test_convert_writing import files_below
+from tests.convert.test_writing import files_below
 
 WIDTH, HEADS = 8, 2
 

@@ -8,6 +8,11 @@ only to read its pickle files, and for `from_torch`.
 from flax_mha.convert._conversion import Conversion as Conversion
 from flax_mha.convert._conversion import ConvertedLayer as ConvertedLayer
 from flax_mha.convert._conversion import Entry as Entry
+from flax_mha.convert._files.read import Checkpoint as Checkpoint
+from flax_mha.convert._files.read import read_state_dict as read_state_dict
+from flax_mha.convert._files.write import load_params as load_params
+from flax_mha.convert._files.write import save_params as save_params
+from flax_mha.convert._files.write import save_safetensors as save_safetensors
 from flax_mha.convert._find import AttentionLayer as AttentionLayer
 from flax_mha.convert._find import LookAlike as LookAlike
 from flax_mha.convert._find import find_layers as find_layers
@@ -17,17 +22,12 @@ from flax_mha.convert._layer import params_from_state_dict as params_from_state_
 from flax_mha.convert._layer import state_dict_from_params as state_dict_from_params
 from flax_mha.convert._nested import nested_from_ragged as nested_from_ragged
 from flax_mha.convert._nested import ragged_from_nested as ragged_from_nested
-from flax_mha.convert._read import Checkpoint as Checkpoint
-from flax_mha.convert._read import read_state_dict as read_state_dict
 from flax_mha.convert._stock import from_stock as from_stock
 from flax_mha.convert._stock import to_stock as to_stock
 from flax_mha.convert._tree import convert_tree as convert_tree
 from flax_mha.convert._tree import plan_tree as plan_tree
 from flax_mha.convert._verify import LayerReport as LayerReport
 from flax_mha.convert._verify import verify as verify
-from flax_mha.convert._write import load_params as load_params
-from flax_mha.convert._write import save_params as save_params
-from flax_mha.convert._write import save_safetensors as save_safetensors
 
 __all__ = [
     "AttentionLayer",

@@ -23,7 +23,7 @@ from flax_mha.convert import (
     save_safetensors,
 )
 from tests.parity._live import TOLERANCE, inputs, normal, to_array
-from tests.parity.test_rules_state_dict import OPTIONS, torch_module
+from tests.parity.convert.test_layer import OPTIONS, torch_module
 
 
 @pytest.fixture

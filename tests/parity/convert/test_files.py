@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.nn.utils import parametrizations, prune
 
 from flax_mha.convert import read_state_dict, save_safetensors
-from tests.test_convert_files import WRONG_FILES, assert_raises, packed, tensor
+from tests.convert.test_files import WRONG_FILES, assert_raises, packed, tensor
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32),

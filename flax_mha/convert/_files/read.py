@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_mha.convert import _distributed, _peel, _pickles, _safetensors
 from flax_mha.convert._arrays import LazyArray, few
-from flax_mha.convert._folders import (
+from flax_mha.convert._files import distributed, peel, pickles, safetensors
+from flax_mha.convert._files.folders import (
     ORBAX,
     OURS,
     PICKLES,
@@ -119,10 +119,10 @@ def read_state_dict(
     if (path / ORBAX).is_file():
         raise _converted(path, "an Orbax checkpoint")
     if path.is_dir() and is_distributed(path):
-        content = _distributed.read(path)
+        content = distributed.read(path)
     else:
         content = _content(only_checkpoint(path) if path.is_dir() else path)
-    arrays, notes = _peel.peel(content, wrapper, path)
+    arrays, notes = peel.peel(content, wrapper, path)
     return Checkpoint(path, arrays, notes)
 
 
@@ -163,8 +163,8 @@ def _one_file(path: pathlib.Path) -> dict[Any, Any]:
             f"{str(path)!r} is a pointer of Git LFS, not the file: run `git lfs pull`."
         )
     if path.name.endswith(PICKLES):
-        return _pickles.read(path)
-    arrays, metadata = _safetensors.read(path)
+        return pickles.read(path)
+    arrays, metadata = safetensors.read(path)
     if OURS in metadata:
         raise _converted(path, "written by `save_params`")
     return arrays | _tied(arrays, metadata)

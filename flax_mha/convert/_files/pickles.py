@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flax_mha.convert._arrays import LazyArray, as_numpy, numpy_dtype
-from flax_mha.convert._peel import no_state_dict
+from flax_mha.convert._files.peel import no_state_dict
 
 _DEPTH = 4  # of mappings that may hold a state_dict; a pickle may hold itself
 

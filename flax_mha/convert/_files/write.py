@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_mha.convert import _safetensors
 from flax_mha.convert._arrays import as_numpy
 from flax_mha.convert._conversion import Conversion
-from flax_mha.convert._folders import ORBAX, OURS, OURS_IN_FOLDER
+from flax_mha.convert._files import safetensors
+from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
 
 
 def save_safetensors(
@@ -109,7 +109,7 @@ def load_params(
     path = pathlib.Path(path)
     if path.is_dir():
         return _restore(path)
-    arrays, metadata = _safetensors.read(path)
+    arrays, metadata = safetensors.read(path)
     if OURS not in metadata:
         raise ValueError(f"{str(path)!r} must be written by `save_params`.")
     flat = {name: array.read() for name, array in arrays.items()}
@@ -191,7 +191,7 @@ def _write_file(
     if path.is_dir():
         raise FileExistsError(f"{str(path)!r} is a folder.")
     with _replacing(path, overwrite) as new, new.open("xb") as file:
-        _safetensors.write(file, arrays, metadata)
+        safetensors.write(file, arrays, metadata)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_mha.convert._arrays import LazyArray, few, is_array
-from flax_mha.convert._fold import fold_quantizable, fold_weight_norm
+from flax_mha.convert._files.fold import fold_quantizable, fold_weight_norm
 
 _WRAPPERS = {
     *("state_dict", "model", "module", "model_state_dict", "model_state", "net"),

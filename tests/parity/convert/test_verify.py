@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flax_mha.convert import plan_tree, verify
-from tests.parity.test_rules_state_dict import torch_module
+from tests.parity.convert.test_layer import torch_module
 
 HEADS = 2  # of head_dim 2, so that heads and head_dim can be mistaken
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_mha.convert import _pickles
 from flax_mha.convert._arrays import LazyArray, as_numpy, numpy_dtype
-from flax_mha.convert._folders import file_beside
+from flax_mha.convert._files import pickles
+from flax_mha.convert._files.folders import file_beside
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
@@ -130,7 +130,7 @@ def _read(
         with chunk.path.open("rb") as file:
             file.seek(chunk.offset)
             content = io.BytesIO(file.read(chunk.length))
-        part = as_numpy(_pickles.load(content, chunk.path, mmap=False), name)
+        part = as_numpy(pickles.load(content, chunk.path, mmap=False), name)
         place = tuple(
             slice(first, first + size)
             for first, size in zip(chunk.start, chunk.shape, strict=True)

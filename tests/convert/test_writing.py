@@ -19,7 +19,7 @@ from flax_mha.convert import (
     save_params,
     save_safetensors,
 )
-from tests.test_convert_files import ONES, assert_raises
+from tests.convert.test_files import ONES, assert_raises
 
 
 @pytest.fixture
