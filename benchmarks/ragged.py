@@ -25,8 +25,8 @@ from benchmarks.cases import Case  # noqa: E402
 from benchmarks.contenders import _jax_step  # noqa: E402
 from flax_mha import MultiheadAttention, RaggedArray, _dispatch  # noqa: E402
 from flax_mha._attention import _linear, _project  # noqa: E402
+from flax_mha._layouts import Ragged  # noqa: E402
 from flax_mha._masks import Mask  # noqa: E402
-from flax_mha._padded import Extra  # noqa: E402
 from flax_mha._params import parameter_table  # noqa: E402
 
 
@@ -80,7 +80,7 @@ def padded_projections(case: Batch, **options) -> measure.Step:
     def apply(params, inputs):
         (x,) = inputs
         q, k, v = _project(params, x, x, x, None)
-        weight, bias = params["out_proj.weight"], params["out_proj.bias"][None, None]
+        weight, bias = params["out_proj.weight"], params["out_proj.bias"]
         # The sum stands for attention: it needs all three, so XLA leaves out none.
         return _linear("bqhd,ehd->bqe", q + k + v, weight, bias, None)
 
@@ -103,11 +103,13 @@ def padded_attention(case: Batch, *, masked: bool) -> measure.Step:
 
 def ragged_attention(case: Batch) -> measure.Step:
     def apply(params, inputs, offsets):
-        ragged = (RaggedArray(x, offsets, case.length) for x in inputs)
-        no_columns = Extra(*(x[:0] for x in inputs[1:]))
-        return _dispatch.ragged_dot_product_attention(
-            *ragged, Mask(), no_columns, scale=_SCALE, same_lengths=True
-        )[0]
+        max_lens = (case.length, case.length)
+        layout = Ragged(offsets, offsets, max_lens, same_lengths=True)
+        arrays = (x[None] for x in inputs)
+        out, _ = _dispatch.dot_product_attention(
+            *arrays, Mask(), scale=_SCALE, layout=layout
+        )
+        return out[0]
 
     def prepare(x):
         return case.pack(x.swapaxes(1, 2))

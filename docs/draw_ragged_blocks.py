@@ -9,7 +9,7 @@ import pathlib
 import jax
 import numpy as np
 
-from flax_mha._ragged_blocks import Schedule, Span, block_sizes
+from flax_mha._kernels._ragged_blocks import Schedule, Span, block_sizes
 
 FILE = pathlib.Path(__file__).with_name("ragged_blocks.svg")
 LENGTHS = [300, 120, 700, 40, 250]

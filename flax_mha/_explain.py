@@ -101,5 +101,4 @@ def _explanation(plan: Plan) -> Explanation:
         refused = why and plan.implementation
         kernels[platform] = None if refused else plan.kernel(target)
         reasons[platform] = {name: why} if why else {}
-    is_ragged = plan.same_lengths is not None
-    return Explanation(plan.logits, plan.weights, kernels, reasons, is_ragged)
+    return Explanation(plan.logits, plan.weights, kernels, reasons, plan.is_ragged)

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flax_mha._typing import Array, ArrayLike, DType, MaskArray
+from flax_mha._typing import Array, ArrayLike, DType, Extra, MaskArray
 
 
 @jax.tree_util.register_dataclass
@@ -88,40 +89,45 @@ def _sum(biases: Sequence[Array], dtype: DType) -> Array:
     return total.astype(common).astype(dtype)
 
 
-def from_torch_masks(
-    key_padding_mask: ArrayLike | None,
-    attn_mask: ArrayLike | None,
-    *,
-    batch: int,
-    num_heads: int,
-    is_causal: bool,
-    open_columns: int,
-) -> Mask:
-    """Returns the `Mask` that means the same as PyTorch's masks (True = blocked).
+class TorchMasks(NamedTuple):
+    """What a caller says of masks, in PyTorch's words: True may not attend."""
 
-    Args:
-        key_padding_mask: (batch, src), or (src,) without a batch; checked.
-        attn_mask: (tgt, src) or (batch * num_heads, tgt, src); checked.
-        is_causal: Also apply a causal mask.
-        open_columns: How many keys follow those that the masks cover.
-    """
-    masks = []
-    if key_padding_mask is not None:
-        masks.append(
-            jnp.reshape(key_padding_mask, (batch, 1, 1, key_padding_mask.shape[-1]))
+    # (batch, src), or (src,) without a batch, or a `RaggedArray` of one value for each.
+    key_padding_mask: Any
+    attn_mask: ArrayLike | None  # (tgt, src) or (batch * num_heads, tgt, src)
+    is_causal: bool
+    need_weights: bool
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a causal mask takes the place of `attn_mask`, whatever that holds.
+
+        As in PyTorch; otherwise, is_causal beside an attn_mask changes nothing.
+        """
+        is_alone = self.attn_mask is not None and self.key_padding_mask is None
+        return self.is_causal and is_alone and not self.need_weights
+
+    def mask(self, *, batch: int, num_heads: int, extra: Extra | None) -> Mask:
+        """Returns the `Mask` that means the same; `extra` keys follow the others."""
+        if self.is_replaced:
+            # PyTorch lays this mask over the extra columns too.
+            return Mask(is_causal=True)
+        masks = []
+        if self.key_padding_mask is not None:
+            src_len = self.key_padding_mask.shape[-1]
+            masks.append(jnp.reshape(self.key_padding_mask, (batch, 1, 1, src_len)))
+        if self.attn_mask is not None and self.attn_mask.ndim == 2:
+            masks.append(jnp.asarray(self.attn_mask)[None, None])
+        elif self.attn_mask is not None:
+            # PyTorch's rows run over the heads of a batch element: n * heads + h.
+            shape = (batch, num_heads, *self.attn_mask.shape[1:])
+            masks.append(jnp.reshape(self.attn_mask, shape))
+        return Mask(
+            blocked=tuple(mask for mask in masks if mask.dtype == jnp.bool_),
+            attn_bias=tuple(mask for mask in masks if mask.dtype != jnp.bool_),
+            is_causal=self.is_causal and self.attn_mask is None,
+            open_columns=0 if extra is None else extra.key.shape[0],
         )
-    if attn_mask is not None and attn_mask.ndim == 2:
-        masks.append(jnp.asarray(attn_mask)[None, None])
-    elif attn_mask is not None:
-        # PyTorch's rows run over the heads of a batch element: index = n * heads + h.
-        shape = (batch, num_heads, *attn_mask.shape[1:])
-        masks.append(jnp.reshape(attn_mask, shape))
-    return Mask(
-        blocked=tuple(mask for mask in masks if mask.dtype == jnp.bool_),
-        attn_bias=tuple(mask for mask in masks if mask.dtype != jnp.bool_),
-        is_causal=is_causal,
-        open_columns=open_columns,
-    )
 
 
 def merge(

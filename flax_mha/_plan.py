@@ -1,16 +1,14 @@
 """What is decided about a call when it is traced, and what when it is lowered."""
 
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from flax_mha._blocks import WHOLE_LOGITS
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import KERNELS
 from flax_mha._lowering import ANY, Target
 from flax_mha._masks import Mask
-from flax_mha._typing import KeyHeads, Precision, QueryHeads, ValueHeads
+from flax_mha._typing import KeyHeads, Precision, QueryHeads, ValueHeads, Weighting
 
 FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
 
@@ -27,12 +25,11 @@ class Plan(NamedTuple):
     """What was decided when a call was traced."""
 
     logits: tuple[int, int, int, int]  # batch, heads, tgt, src
-    weights: Literal["mean", "heads"] | None
+    weights: Weighting
     precision: Precision
     implementation: str | None
     reasons: tuple[tuple[str, Reasons], ...]  # by kernel
-    # Of `RaggedArray`s: whether queries and keys lie the same way. Else None.
-    same_lengths: bool | None = None
+    is_ragged: bool
 
     @classmethod
     def of(
@@ -43,15 +40,16 @@ class Plan(NamedTuple):
         mask: Mask,
         dropout: Dropout | None,
         *,
-        weights: Literal["mean", "heads"] | None,
+        weights: Weighting,
         precision: Precision,
         implementation: str | None,
-        same_lengths: bool | None = None,
-        unwise: str | None = None,
+        is_ragged: bool,
+        unwise: str | None,
     ) -> "Plan":
         """Plans from shapes and dtypes.
 
         Args:
+            query, key, value, mask: With padding.
             unwise: Why no kernel should run on these arrays, unless it is named.
 
         Raises:
@@ -76,7 +74,7 @@ class Plan(NamedTuple):
             precision=precision,
             implementation=implementation,
             reasons=tuple((name, reasons(KERNELS[name])) for name in FUSED.values()),
-            same_lengths=same_lengths,
+            is_ragged=is_ragged,
         )
         for platform, name in FUSED.items():
             if name == implementation:  # raises what can be known now
@@ -104,13 +102,6 @@ class Plan(NamedTuple):
         unnamed = reasons.unnamed if self.implementation is None else None
         divided = reasons.divided if target.partitioned else None
         return reasons.never or unnamed or divided
-
-    def is_padded(self, target: Target) -> bool:
-        """Whether the kernel gets padded arrays though the call's are ragged."""
-        if target == ANY or self.kernel(target) != "blockwise":
-            return True
-        # As few logits as fit into one block: faster than to go from one to another.
-        return is_whole(target) and math.prod(self.logits) <= WHOLE_LOGITS
 
 
 def is_whole(target: Target) -> bool:

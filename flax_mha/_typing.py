@@ -6,7 +6,7 @@ have size 1 and is then the same for all.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,10 @@ Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
 DType = Any  # what jnp.dtype accepts
 Precision = Any  # what jnp.einsum's `precision` accepts
+
+# What attention takes and returns: arrays, or `RaggedArray`s. For type checkers it is
+# anything, for these could not tell that ragged results come of ragged inputs only.
+Sequences = Any
 
 # What the module is called with, after its layout has been made batch first.
 Query = Annotated[Array, "batch tgt embed"]
@@ -30,6 +34,17 @@ OutHeads = Annotated[Array, "batch tgt heads value_dim"]
 Weights = Annotated[Array, "batch heads tgt src"]
 MeanWeights = Annotated[Array, "batch tgt src"]
 MaskArray = Annotated[Array, "#batch #heads #tgt covered"]  # covered <= src columns
+
+
+class Extra(NamedTuple):
+    """Keys and values that all queries see, (extra, heads, dim)."""
+
+    key: Array
+    value: Array
+
+
+# Attention weights that are wanted: averaged over heads, or each head's.
+Weighting = Literal["mean", "heads"] | None
 
 # Parameters by torch's name ("out_proj.weight"), in the shapes of `_params`.
 Params = Mapping[str, Array]

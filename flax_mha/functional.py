@@ -3,20 +3,15 @@
 https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
 """
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from flax_mha import _attention, _checks, _dispatch, _ragged_checks
+from flax_mha import _dispatch, _sequences
+from flax_mha._attention import multi_head_attention
+from flax_mha._checks import arguments, functional, layer
 from flax_mha._dropout import Dropout
-from flax_mha._masks import Mask
-from flax_mha._padded import Extra
-from flax_mha._ragged import RaggedArray, Sequences
-from flax_mha._typing import Array, ArrayLike, MaskArray, Precision
+from flax_mha._typing import Array, ArrayLike, Precision, Sequences
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
@@ -83,8 +78,8 @@ def multi_head_attention_forward(
         ValueError: Shapes disagree, or a weight that is needed is None.
         TypeError: An argument is not an array, or not of a dtype it can have.
     """
-    _checks.constructor(embed_dim_to_check, num_heads)
-    _checks.probability("dropout_p", dropout_p)
+    layer.sizes(embed_dim_to_check, num_heads)
+    arguments.probability("dropout_p", dropout_p)
     if use_separate_proj_weight:
         weights = {
             "q_proj_weight": q_proj_weight,
@@ -100,25 +95,11 @@ def multi_head_attention_forward(
         "out_proj.weight": out_proj_weight,
         "out_proj.bias": out_proj_bias,
     }
-    params = _checks.functional_parameters(weights, others, embed_dim_to_check)
+    params = functional.parameters(weights, others, embed_dim_to_check)
     if "bias_k" in params:
-        _checks.no_static(static_k=static_k, static_v=static_v)
-    heads = (num_heads, embed_dim_to_check // num_heads)
-    shapes = {
-        "in_proj_weight": (3, *heads, embed_dim_to_check),
-        "in_proj_bias": (3, *heads),
-        "bias_k": (-1, *heads),
-        "bias_v": (-1, *heads),
-        "out_proj.weight": (-1, *heads),
-        "out_proj.bias": (-1,),
-    }
-    params = {  # separate weights keep their columns
-        name: jnp.reshape(param, shapes.get(name) or (*heads, param.shape[1]))
-        for name, param in params.items()
-    }
-
-    return _attention.multi_head_attention(
-        params,
+        functional.no_static(static_k=static_k, static_v=static_v)
+    return multi_head_attention(
+        _with_heads(params, num_heads),
         query,
         key,
         value,
@@ -180,99 +161,42 @@ def scaled_dot_product_attention(
         ValueError: Shapes disagree, or both `attn_mask` and `is_causal` are given.
         TypeError: An argument is not an array, or not of a dtype it can have.
     """
-    _checks.python_bools(is_causal=is_causal, enable_gqa=enable_gqa)
-    _checks.probability("dropout_p", dropout_p)
-    is_ragged = any(isinstance(x, RaggedArray) for x in (query, key, value))
-    if is_ragged:
-        _ragged_checks.call(query, key, value, attn_mask=attn_mask, values_ndim=3)
-    leading = _checks.scaled_dot_product(
-        *map(_heads_first, (query, key, value)),
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
+    arguments.python_bools(is_causal=is_causal, enable_gqa=enable_gqa)
+    arguments.probability("dropout_p", dropout_p)
+    sequences = _sequences.of_function(
+        *(query, key, value, attn_mask), is_causal=is_causal, enable_gqa=enable_gqa
     )
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1] or 1)
-    options: dict[str, Any] = dict(
-        scale=scale,
+    q, k, v = sequences.heads()
+    out, _ = _dispatch.dot_product_attention(
+        *(q, k, v, sequences.mask(attn_mask, is_causal)),
+        scale=1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale,
+        layout=sequences.layout,
         dropout=_dropout(dropout_p, dropout_rng),
         precision=precision,
         implementation=implementation,
     )
-    *outer, heads = leading or (1,)
-    mask = Mask(is_causal=is_causal)
-    if attn_mask is not None:
-        src_len = key.max_len if is_ragged else key.shape[-2]
-        attn_mask = _four_mask_axes(jnp.asarray(attn_mask), outer, src_len)
-        is_bool = attn_mask.dtype == jnp.bool_
-        mask = Mask(allowed=(attn_mask,)) if is_bool else Mask(attn_bias=(attn_mask,))
-    if is_ragged:
-        return _ragged_attention(query, key, value, heads, mask, enable_gqa, options)
-
-    dtype = jnp.result_type(query, key, value)
-    if enable_gqa:
-        key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)
-        value = jnp.repeat(value, query.shape[-3] // value.shape[-3], axis=-3)
-    batch = math.prod(outer)
-
-    def four_axes(x):
-        x = jnp.broadcast_to(jnp.asarray(x, dtype), (*leading, *x.shape[-2:]))
-        return x.reshape(batch, heads, *x.shape[-2:]).swapaxes(1, 2)
-
-    out, _ = _dispatch.dot_product_attention(
-        four_axes(query), four_axes(key), four_axes(value), mask, **options
-    )
-    return out.swapaxes(1, 2).reshape(*leading, query.shape[-2], value.shape[-1])
+    return sequences.result(out)
 
 
-def _ragged_attention(
-    query: RaggedArray,
-    key: RaggedArray,
-    value: RaggedArray,
-    heads: int,
-    mask: Mask,
-    enable_gqa: bool,
-    options: dict[str, Any],
-) -> RaggedArray:
-    dtype = jnp.result_type(query.values, key.values, value.values)
-
-    def all_heads(x):
-        # What is in the slack would be in the gradient of the scale.
-        x = jnp.asarray(x.only_tokens().values, dtype)
-        if enable_gqa:
-            x = jnp.repeat(x, heads // x.shape[1], axis=1)
-        return jnp.broadcast_to(x, (x.shape[0], heads, x.shape[2]))
-
-    q, k, v = map(all_heads, (query, key, value))
-    extra = Extra(k[:0], v[:0])
-    out, _ = _attention.ragged_dot_product_attention(
-        query, key, [value], (q, k, v), mask, extra, **options
-    )
-    return dataclasses.replace(query, values=out)
-
-
-def _heads_first(x: Sequences) -> Any:
-    """Returns what has the shape that PyTorch's function would be given."""
-    if not isinstance(x, RaggedArray):
-        return x
-    batch, length, heads, dim = x.shape
-    return jax.ShapeDtypeStruct((batch, heads, length, dim), x.dtype)
-
-
-def _four_mask_axes(mask: Array, outer: Sequence[int], src_len: int) -> MaskArray:
-    """Reshapes to (#batch, #heads, #tgt, src), broadcasting no more than it must."""
-    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], src_len))
-    *lead, tgt_len, _ = mask.shape
-    lead = [1] * (len(outer) + 1 - len(lead)) + lead
-    mask_outer, heads = lead[:-1], lead[-1]
-    if math.prod(mask_outer) != 1:
-        mask_outer = outer
-        shape = (*outer, heads, tgt_len, src_len)
-        mask = jnp.broadcast_to(mask.reshape(*lead, tgt_len, src_len), shape)
-    return mask.reshape(math.prod(mask_outer), heads, tgt_len, src_len)
+def _with_heads(params: dict[str, ArrayLike], num_heads: int) -> dict[str, Array]:
+    """Returns PyTorch's parameters in the shapes of `_params`."""
+    embed_dim = params["out_proj.weight"].shape[1]
+    heads = (num_heads, embed_dim // num_heads)
+    shapes = {
+        "in_proj_weight": (3, *heads, embed_dim),
+        "in_proj_bias": (3, *heads),
+        "bias_k": (-1, *heads),
+        "bias_v": (-1, *heads),
+        "out_proj.weight": (-1, *heads),
+        "out_proj.bias": (-1,),
+    }
+    return {  # separate weights keep their columns
+        name: jnp.reshape(param, shapes.get(name) or (*heads, param.shape[1]))
+        for name, param in params.items()
+    }
 
 
 def _dropout(rate: float, rng: Array | None) -> Dropout | None:
     if rate == 0:
         return None
-    return Dropout.from_rng(_checks.dropout_rng(rate, rng), rate)
+    return Dropout.from_rng(functional.dropout_rng(rate, rng), rate)

@@ -43,6 +43,7 @@ def test_public_names():
         "convert",
         "explain",
         "functional",
+        "linen",
     }
 
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_mha._blocks import Blocks, block_sizes, is_padding, varying_axes
 from flax_mha._dropout import Dropout
+from flax_mha._kernels._blocks import Blocks, block_sizes, is_padding
+from flax_mha._kernels._softmax import Rows, Running, delta_of, product
 from flax_mha._masks import Mask
-from flax_mha._softmax import Rows, Running, delta_of, product
+from flax_mha._mesh import varying_axes
 from flax_mha._typing import (
     Array,
     KeyHeads,

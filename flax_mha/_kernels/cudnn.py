@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_mha import _cudnn_calls
-from flax_mha._blocks import is_padding
 from flax_mha._dropout import Dropout
+from flax_mha._kernels import _cudnn_calls
+from flax_mha._kernels._blocks import is_padding
 from flax_mha._masks import Mask
 from flax_mha._typing import (
     Array,

@@ -17,10 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._dropout import Dropout
-from flax_mha._masks import Mask
-from flax_mha._padded import Extra
-from flax_mha._ragged import RaggedArray
-from flax_mha._ragged_blocks import (
+from flax_mha._kernels._ragged_blocks import (
     Block,
     BlockSize,
     Schedule,
@@ -30,19 +27,22 @@ from flax_mha._ragged_blocks import (
     block_sizes,
     read_mask,
 )
-from flax_mha._softmax import Rows, Running, delta_of, product
-from flax_mha._typing import Array, MaskArray, Precision
+from flax_mha._kernels._softmax import Rows, Running, delta_of, product
+from flax_mha._masks import Mask
+from flax_mha._typing import Array, ArrayLike, Extra, MaskArray, Precision
 
 
 def forward(
-    query: RaggedArray,
-    key: RaggedArray,
-    value: RaggedArray,
+    query: Array,
+    key: Array,
+    value: Array,
     mask: Mask,
     scale: Array,
     dropout: Dropout | None,
-    extra: Extra,
+    extra: Extra | None,
     *,
+    offsets: tuple[ArrayLike, ArrayLike],
+    max_lens: tuple[int, int],
     same_lengths: bool,
     precision: Precision = None,
     whole: bool = False,
@@ -51,21 +51,26 @@ def forward(
     """Attends within each element.
 
     Args:
-        query, key, value: Of values (tokens, heads, dim).
-        mask: That of the padded arrays: its arrays are (#batch, #heads,
-            #query.max_len, key.max_len), and `extra` are its open columns.
+        query, key, value: (1, tokens, heads, dim).
+        mask: That of the padded arrays: its arrays are (#batch, #heads, #tgt, src),
+            `max_lens` long, and `extra` are its open columns.
+        offsets: Where the elements of queries begin, and those of keys.
+        max_lens: No element of queries is longer, and none of keys.
         same_lengths: Queries and keys have the same offsets, capacity and max_len.
         whole: Blocks hold all heads, so that XLA can divide these among devices.
         dead_is_zero: A query whose element has keys, but none that it may attend to,
             gives 0, and not NaN.
 
     Returns:
-        The attended values, (tokens, heads, dim), and the log of each row's sum,
+        The attended values, (1, tokens, heads, dim), and the log of each row's sum,
         (tokens, heads, 2), in terms as of all kernels; see `_kernels`. Zeros in the
         slack.
     """
-    args = (query, key, value, mask, scale, dropout, extra)
-    call = _Call.of(*args, same_lengths, whole, is_backward=False)
+    call = _Call.of(
+        *(query, key, value, mask, scale, dropout, extra),
+        *(offsets, max_lens, same_lengths, whole),
+        is_backward=False,
+    )
     rows, value_dim = call.query.shape[:2], call.value.shape[2]
     out = jnp.zeros((*rows, value_dim), query.dtype)
     lse = jnp.zeros((*rows, 2), scale.dtype)
@@ -86,26 +91,29 @@ def forward(
         out, lse = results
         return block.rows.write(out, running.out), block.rows.write(lse, terms)
 
-    return call.over_blocks(one_block, (out, lse))
+    out, lse = call.over_blocks(one_block, (out, lse))
+    return out[None], lse
 
 
 def backward(
-    query: RaggedArray,
-    key: RaggedArray,
-    value: RaggedArray,
+    query: Array,
+    key: Array,
+    value: Array,
     mask: Mask,
     scale: Array,
     dropout: Dropout | None,
-    extra: Extra,
+    extra: Extra | None,
     out: Array,
     lse: Array,
     d_out: Array,
     *,
+    offsets: tuple[ArrayLike, ArrayLike],
+    max_lens: tuple[int, int],
     same_lengths: bool,
     precision: Precision = None,
     with_bias: bool = True,
     whole: bool = False,
-) -> tuple[Array, Array, Array, tuple[MaskArray, ...], Array, Extra]:
+) -> tuple[Array, Array, Array, tuple[MaskArray, ...], Array, Extra | None]:
     """Returns the gradients of query, key, value, float masks, scale and extra.
 
     Recomputes the probabilities.
@@ -113,8 +121,11 @@ def backward(
     Args:
         out, lse: What `forward` returned.
     """
-    args = (query, key, value, mask, scale, dropout, extra)
-    call = _Call.of(*args, same_lengths, whole, is_backward=True)
+    call = _Call.of(
+        *(query, key, value, mask, scale, dropout, extra),
+        *(offsets, max_lens, same_lengths, whole),
+        is_backward=True,
+    )
     biases = mask.attn_bias if with_bias else ()
     gradients = jax.tree.map(
         functools.partial(jnp.zeros_like, dtype=scale.dtype),
@@ -125,7 +136,7 @@ def backward(
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
 
     def one_block(gradients, block):
-        q, o, d_o = (block.rows.read(x) for x in (call.query, out, d_out))
+        q, o, d_o = (block.rows.read(x) for x in (call.query, out[0], d_out[0]))
         terms = block.rows.read_any(lse)
         rows = Rows(q, terms, d_o, None, delta_of(o, d_o, scale.dtype))
 
@@ -152,15 +163,20 @@ def backward(
 
     d_query, d_key, d_value, d_biases = call.over_blocks(one_block, gradients)
     (d_extra_key, d_key), (d_extra_value, d_value) = (
-        jnp.split(x, [mask.open_columns]) for x in (d_key * scale, d_value)
+        jnp.split(x, [call.extra]) for x in (d_key * scale, d_value)
     )
+    d_extra = None
+    if extra is not None:
+        d_extra = Extra(
+            d_extra_key.astype(key.dtype), d_extra_value.astype(value.dtype)
+        )
     return (
-        (d_query * scale).astype(query.dtype),
-        d_key.astype(key.dtype),
-        d_value.astype(value.dtype),
+        (d_query * scale).astype(query.dtype)[None],
+        d_key.astype(key.dtype)[None],
+        d_value.astype(value.dtype)[None],
         tuple(d.astype(b.dtype) for d, b in zip(d_biases, biases, strict=True)),
         jnp.sum(d_query * call.query.astype(scale.dtype)),
-        Extra(d_extra_key.astype(key.dtype), d_extra_value.astype(value.dtype)),
+        d_extra,
     )
 
 
@@ -168,9 +184,10 @@ def backward(
 class _Call:
     """What the blocks of one call share."""
 
-    query: Array
+    query: Array  # (tokens, heads, dim)
     key: Array  # the extra ones first
     value: Array
+    extra: int  # how many
     mask: Mask
     scale: Array
     dropout: Dropout | None
@@ -183,42 +200,37 @@ class _Call:
     @classmethod
     def of(
         cls,
-        query: RaggedArray,
-        key: RaggedArray,
-        value: RaggedArray,
+        query: Array,
+        key: Array,
+        value: Array,
         mask: Mask,
         scale: Array,
         dropout: Dropout | None,
-        extra: Extra,
+        extra: Extra | None,
+        offsets: tuple[ArrayLike, ArrayLike],
+        max_lens: tuple[int, int],
         same_lengths: bool,
         whole: bool,
         *,
         is_backward: bool,
     ) -> "_Call":
-        keys = Span.of(key.offsets)
-        arrays = key.values, value.values
-        if mask.open_columns:
-            keys = keys._replace(start=keys.start + mask.open_columns)
-            arrays = map(jnp.concatenate, zip(extra, arrays, strict=True))
-        return cls(
-            query.values,
-            *arrays,
-            mask=mask,
-            scale=scale,
-            dropout=dropout,
-            queries=Span.of(query.offsets),
-            keys=keys,
-            max_lens=(query.max_len, key.max_len),
+        queries, keys = map(Span.of, offsets)
+        query, *sources = query[0], key[0], value[0]
+        count = 0 if extra is None else extra.key.shape[0]
+        if extra is not None:
+            keys = keys._replace(start=keys.start + count)
+            sources = map(jnp.concatenate, zip(extra, sources, strict=True))
+        tokens, num_heads, _ = query.shape
+        sizes = block_sizes(
+            *(tokens, max_lens[0], num_heads, key.shape[1]),
             same_lengths=same_lengths,
-            sizes=block_sizes(
-                query.capacity,
-                query.max_len,
-                query.values.shape[1],
-                key.capacity,
-                same_lengths=same_lengths,
-                whole=whole,
-                is_backward=is_backward,
-            ),
+            whole=whole,
+            is_backward=is_backward,
+        )
+        key, value = sources
+        return cls(
+            *(query, key, value, count, mask, scale, dropout),
+            *(queries, keys, max_lens, same_lengths, sizes),
         )
 
     def over_blocks(self, one_block: Callable, carry: Any) -> Any:
@@ -241,7 +253,7 @@ class _Call:
 
     def over_keys(self, step: Callable, carry: Any, block: Block) -> Any:
         """Returns `carry` after `step(carry, keys)` for windows of all the keys."""
-        heads, extra, head = block.size.heads, self.mask.open_columns, block.rows.head
+        heads, extra, head = block.size.heads, self.extra, block.rows.head
         _, max_len = self.max_lens
         if extra:
             keys = Window(heads, extra, head, 0, max_len, 0, extra, is_covered=False)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_mha import _checks
-from flax_mha._module import MultiheadAttention
+from flax_mha._checks import layer
 from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
 from flax_mha.convert import _strict
 from flax_mha.convert._arrays import as_numpy, few
 from flax_mha.convert._find import OTHER_KINDS
 from flax_mha.convert._rules import dotted, names_below
+from flax_mha.linen import MultiheadAttention
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ def _table(
     shapes: Mapping[str, tuple[int, ...]], embed_dim: int, num_heads: int
 ) -> dict[str, ParamSpec]:
     """Returns the table that these names come closest to, in either's shapes."""
-    _checks.constructor(embed_dim, num_heads)
+    layer.sizes(embed_dim, num_heads)
     separate = [shapes.get(name) for name in SEPARATE_WEIGHTS]
     kdim, vdim = ((shape or (embed_dim,))[-1] for shape in separate[1:])
     packed = "in_proj_weight" in shapes or not any(separate)

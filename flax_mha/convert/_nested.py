@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_mha._ragged import RaggedArray
-from flax_mha._ragged_checks import known
+from flax_mha._checks.arguments import known
+from flax_mha._ragged.array import RaggedArray
 from flax_mha.convert._arrays import as_numpy, few
 
 if TYPE_CHECKING:

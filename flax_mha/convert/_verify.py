@@ -11,13 +11,13 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_mha._attention import multi_head_attention
-from flax_mha._module import MultiheadAttention
 from flax_mha.convert import _model, _strict
 from flax_mha.convert._arrays import as_numpy, specs
 from flax_mha.convert._conversion import Conversion, ConvertedLayer, flatten
 from flax_mha.convert._find import AttentionLayer, find_layers
 from flax_mha.convert._heads import Heads
 from flax_mha.convert._tree import plan_tree
+from flax_mha.linen import MultiheadAttention
 
 _BATCH, _TGT_LEN, _SRC_LEN = 2, 4, 5
 

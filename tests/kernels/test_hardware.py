@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mha._dispatch import dot_product_attention, ragged_dot_product_attention
+from flax_mha._dispatch import dot_product_attention
+from flax_mha._layouts import Ragged
 from flax_mha._masks import Mask
-from flax_mha._padded import Extra
 from flax_mha._plan import FUSED
-from flax_mha._ragged import RaggedArray
-from tests.test_kernel_contract import MASKS, SCALE, assert_close, wave
+from tests.kernels.test_contract import MASKS, SCALE, assert_close, wave
 
 # Relative to the largest element, against the definition in float32 on the CPU.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
@@ -101,12 +100,11 @@ def test_ragged_batches_are_close_to_the_definition(
 
     def step(values, offsets):
         def loss(values):
-            q, k, v = (RaggedArray(x, offsets, max_len) for x in values)
-            out, _ = ragged_dot_product_attention(
-                *(q, k, v, Mask(is_causal=is_causal)),
-                Extra(values[1, :0], values[2, :0]),
+            out, _ = dot_product_attention(
+                *values[:, None],
+                Mask(is_causal=is_causal),
                 scale=SCALE,
-                same_lengths=True,
+                layout=Ragged(offsets, offsets, (max_len, max_len), same_lengths=True),
             )
             return jnp.sum(out.astype("float32") * wave(out.shape)), out
 

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
+from flax_mha._mesh import varying
 from flax_mha._typing import Array, MaskArray
 
 # 64 MiB of them, which the vector memory of a TPU can hold.
@@ -82,22 +82,6 @@ def _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal):
     if is_causal and not weights:
         limit = min(limit, 1024)
     return BlockSizes(batch, heads, rows, _even_split(src_len, limit))
-
-
-def varying_axes(*arrays: Any) -> frozenset[str]:
-    """Returns the mesh axes over which any array varies, inside `jax.shard_map`."""
-    types = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(arrays)]
-    return frozenset().union(*(type.varying for type in types))
-
-
-def varying(tree: Any, axes: frozenset[str]) -> Any:
-    """Returns `tree` typed as varying over these axes, even where it is constant."""
-
-    def vary(x):
-        missing = tuple(axes - varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
 
 
 def is_padding(mask: MaskArray) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_mha._blocks import add_at, slice_at, update_at
+from flax_mha._kernels._blocks import add_at, slice_at, update_at
 from flax_mha._typing import Array, ArrayLike, MaskArray
 
 # From measurements on CPUs: large blocks are fast as long as they stay in the caches, 2

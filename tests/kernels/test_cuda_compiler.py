@@ -13,7 +13,7 @@ import pytest
 from flax_mha import MultiheadAttention, RaggedArray
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._masks import Mask
-from tests.test_cudnn import BATCH, MASKS, both_passes, inputs
+from tests.kernels.test_cudnn import BATCH, MASKS, both_passes, inputs
 
 pytestmark = pytest.mark.cuda_compiler
 

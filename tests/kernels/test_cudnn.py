@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mha import _cudnn_calls
 from flax_mha._dropout import Dropout
-from flax_mha._kernels import cudnn, reference
+from flax_mha._kernels import _cudnn_calls, cudnn, reference
 from flax_mha._masks import Mask
 
 BATCH, HEADS = 3, 2

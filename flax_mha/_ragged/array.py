@@ -11,13 +11,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mha import _checks, _ragged_checks
-from flax_mha._ragged_checks import known
+from flax_mha._checks.arguments import known
+from flax_mha._ragged import checks, tokens
 from flax_mha._typing import Array, ArrayLike
-
-# What attention takes and returns: arrays, or `RaggedArray`s. For type checkers it is
-# anything, for these could not tell that ragged results come of ragged inputs only.
-Sequences = Any
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -51,12 +47,14 @@ class RaggedArray:
     (2, 8, 8)
     """
 
+    __module__ = "flax_mha"  # where users find it
+
     values: Array
     offsets: ArrayLike
     max_len: int = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
-        _ragged_checks.attributes(self.values, self.offsets, self.max_len)
+        checks.attributes(self.values, self.offsets, self.max_len)
         if self.offsets.dtype != np.int32:
             object.__setattr__(self, "offsets", self.offsets.astype(np.int32))
         if self.max_len is None:
@@ -64,10 +62,10 @@ class RaggedArray:
 
     # NumPy and JAX would look at the elements one by one.
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        raise _ragged_checks.no_array(self)
+        raise checks.no_array(self)
 
     def __jax_array__(self) -> Array:
-        raise _ragged_checks.no_array(self)
+        raise checks.no_array(self)
 
     @classmethod
     def from_list(
@@ -91,15 +89,15 @@ class RaggedArray:
             TypeError: One is not an array.
             ValueError: There is none, they differ, or they do not fit.
         """
-        _ragged_checks.list_of_arrays(arrays)
+        checks.list_of_arrays(arrays)
         lengths = [array.shape[0] for array in arrays]
-        capacity, max_len = _room(lengths, capacity, max_len)
+        capacity, max_len = tokens.room(lengths, capacity, max_len)
         is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
         library = jnp if is_traced else np
         slack = (capacity - sum(lengths), *arrays[0].shape[1:])
         values = [*map(library.asarray, arrays), np.zeros(slack, arrays[0].dtype)]
         values = jnp.asarray(library.concatenate(values))
-        return cls(values, _offsets(np.array(lengths)), max_len)
+        return cls(values, tokens.offsets_of(np.array(lengths)), max_len)
 
     @classmethod
     def stack(cls, arrays: "Sequence[RaggedArray]") -> "RaggedArray":
@@ -111,7 +109,7 @@ class RaggedArray:
             TypeError: One is not a `RaggedArray`.
             ValueError: There is none, or their sizes differ.
         """
-        _ragged_checks.equal_parts(arrays)
+        checks.equal_parts(arrays)
         is_traced = any(known(x) is None for x in jax.tree.leaves(list(arrays)))
         stack = jnp.stack if is_traced else np.stack
         return jax.tree.map(lambda *parts: stack(parts), *arrays)
@@ -142,33 +140,8 @@ class RaggedArray:
             TypeError: An argument is not an array, or not of a dtype it can have.
             ValueError: Shapes disagree, or the tokens do not fit.
         """
-        _ragged_checks.padding(padded, lengths, key_padding_mask)
-        batch, length = padded.shape[:2]
-        order = None
-        if key_padding_mask is not None:
-            lengths = length - key_padding_mask.sum(axis=1, dtype=np.int32)
-            order = jnp.argsort(jnp.asarray(key_padding_mask), axis=1, stable=True)
-        lengths = np.full(batch, length, np.int32) if lengths is None else lengths
-        longest: int = length if max_len is None else max_len
-        host_lengths, may_lack_room = known(lengths), False
-        if host_lengths is None:
-            tokens: int = batch * length if capacity is None else capacity
-            _ragged_checks.room([], tokens, longest)
-            lengths = jnp.clip(lengths, 0, length)
-            may_lack_room = tokens < batch * length or longest < length
-        else:
-            lengths = host_lengths
-            tokens, longest = _room(lengths, capacity, longest)
-        offsets = _offsets(lengths)
-        element, place = _where_tokens_are(offsets, tokens)
-        if order is not None:
-            place = take_tokens(order, element, place)
-        values = take_tokens(jnp.asarray(padded), element, place)
-        if may_lack_room:
-            _checks.floating(padded=values)
-            fits = (jnp.sum(lengths) <= tokens) & jnp.all(lengths <= longest)
-            values = _nan_unless(fits, values)
-        return cls(values, offsets, longest)
+        checks.padding(padded, lengths, key_padding_mask)
+        return cls(*tokens.unpad(padded, lengths, key_padding_mask, capacity, max_len))
 
     def to_padded(self, padding_value: Any = 0, max_len: int | None = None) -> Array:
         """Returns (batch, max_len, ...); PyTorch's `to_padded_tensor`.
@@ -183,16 +156,9 @@ class RaggedArray:
         max_len = self.max_len if max_len is None else max_len
         lengths = known(self.lengths)
         longest = self.max_len if lengths is None else lengths.max(initial=0)
-        _ragged_checks.padded_len(max_len, longest, lengths is not None)
-        position = np.arange(max_len, dtype=np.int32)[None]
-        inside = position < self.lengths[:, None]
-        # Beyond the end, each at another place, is what fills up.
-        outside = self.capacity + np.arange(inside.size, dtype=np.int32)
-        at = self.offsets[:-1, None] + position
-        at = jnp.where(inside, at, outside.reshape(inside.shape))
-        tokens = jnp.asarray(self.values).at[at]
-        padded = tokens.get(mode="fill", fill_value=padding_value, unique_indices=True)
-        return _nan_unless(self.fits, padded)
+        checks.padded_len(max_len, longest, lengths is not None)
+        padded = tokens.pad(self.values, self.offsets, max_len, padding_value)
+        return tokens.nan_unless(self.fits, padded)
 
     def unbind(self) -> list[ArrayLike]:
         """Returns the elements, (length, ...), as NumPy arrays.
@@ -203,7 +169,7 @@ class RaggedArray:
         Raises:
             ValueError: Offsets are traced.
         """
-        offsets = _ragged_checks.known_offsets(self.offsets)
+        offsets = checks.known_offsets(self.offsets)
         values = known(self.values)
         values = self.values if values is None else values
         return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
@@ -240,10 +206,10 @@ class RaggedArray:
                 has not as many tokens.
         """
         for n, other in enumerate(others):
-            _ragged_checks.same_elements(f"others[{n}]", other, "this array", self)
+            checks.same_elements(f"others[{n}]", other, "this array", self)
         values = function(self.values, *(other.values for other in others))
-        _ragged_checks.token_values("the result of function", values, self.capacity)
-        values = _nan_unless(self.has_offsets_of(others), values)
+        checks.token_values("the result of function", values, self.capacity)
+        values = tokens.nan_unless(self.has_offsets_of(others), values)
         return RaggedArray(values, self.offsets, self.max_len)
 
     @property
@@ -266,12 +232,12 @@ class RaggedArray:
     @property
     def segment_ids(self) -> Array:
         """(capacity,) int32: each token's element; `len(self)` in the slack."""
-        return _where_tokens_are(self.offsets, self.capacity)[0]
+        return tokens.places(self.offsets, self.capacity)[0]
 
     @property
     def positions(self) -> Array:
         """(capacity,) int32: each token's place in its element; 0 in the slack."""
-        return _where_tokens_are(self.offsets, self.capacity)[1]
+        return tokens.places(self.offsets, self.capacity)[1]
 
     @property
     def is_token(self) -> ArrayLike:
@@ -317,10 +283,10 @@ class RaggedArray:
         if self.offsets.ndim > 1:  # stacked
             return jax.tree.map(lambda array: array[index], self)
         if isinstance(index, slice):
-            start, stop = _ragged_checks.neighbours(index, len(self))
+            start, stop = checks.neighbours(index, len(self))
             offsets = self.offsets[start : stop + 1]
             return RaggedArray(self.values, offsets, self.max_len)
-        index = _ragged_checks.index(index, len(self))
+        index = checks.index(index, len(self))
         offsets = self.offsets[index : index + 2]
         (element,) = RaggedArray(self.values, offsets, self.max_len).unbind()
         return element
@@ -360,50 +326,6 @@ class RaggedArray:
         )
 
 
-def _room(
-    lengths: Sequence[int] | np.ndarray, capacity: int | None, max_len: int | None
-) -> tuple[int, int]:
-    """Returns the capacity and longest length to have room for."""
-    total, longest = int(sum(lengths)), int(max(lengths, default=0))
-    if capacity is None:
-        unit = 1 << max(0, (total - 1).bit_length() - 4)
-        capacity = max(-(-total // unit) * unit, 1)
-    if max_len is None:
-        max_len = 1 << max(0, longest - 1).bit_length()
-    _ragged_checks.room(lengths, capacity, max_len)
-    return capacity, max_len
-
-
 def _briefly(value: Any) -> str:
     is_array = hasattr(value, "shape") and hasattr(value, "dtype")
     return f"{value.dtype}{list(value.shape)}" if is_array else repr(value)
-
-
-def _nan_unless(is_right: Array | bool, values: Array) -> Array:
-    """Returns NaN where nothing can be raised: this is found out when it runs."""
-    if is_right is True or not jnp.issubdtype(values.dtype, jnp.floating):
-        return values
-    return jnp.where(is_right, values, jnp.nan)
-
-
-def take_tokens(padded: Array, element: Array, place: Array) -> Array:
-    """Returns (tokens, ...) of (batch, length, ...), 0 for those of no element."""
-    if 0 in padded.shape[:2]:
-        return jnp.zeros((*element.shape, *padded.shape[2:]), padded.dtype)
-    return padded.at[element, place].get(mode="fill", fill_value=0)
-
-
-def _offsets(lengths: ArrayLike) -> ArrayLike:
-    library = jnp if isinstance(lengths, jax.core.Tracer) else np
-    ends = library.cumsum(lengths, dtype=np.int32)
-    return library.concatenate([np.zeros(1, np.int32), ends])
-
-
-def _where_tokens_are(offsets: ArrayLike, capacity: int) -> tuple[Array, Array]:
-    """Returns each token's element, `batch` in the slack, and its place in that."""
-    batch = offsets.shape[0] - 1
-    token = jnp.arange(capacity, dtype=jnp.int32)
-    element = jnp.searchsorted(offsets[1:], token, side="right").astype(jnp.int32)
-    element = jnp.where(token < offsets[0], batch, element)
-    position = token - jnp.asarray(offsets).at[element].get(mode="clip")
-    return element, jnp.where(element < batch, position, 0)

@@ -12,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_mha
-from flax_mha import MultiheadAttention, RaggedArray, _ragged_blocks, functional
-from flax_mha._dispatch import ragged_dot_product_attention
+from flax_mha import MultiheadAttention, RaggedArray, functional
+from flax_mha._dispatch import dot_product_attention
 from flax_mha._dropout import Dropout
-from flax_mha._kernels import ragged
+from flax_mha._kernels import _ragged_blocks, ragged
+from flax_mha._layouts import Ragged
 from flax_mha._masks import Mask
-from flax_mha._padded import Extra
-from tests.test_kernel_contract import TOLERANCE, assert_close, wave
+from flax_mha._typing import Extra
+from tests.kernels.test_contract import TOLERANCE, assert_close, wave
 
 HEADS, HEAD_DIM, VALUE_DIM = 2, 8, 6
 EMBED = 8
@@ -46,6 +47,8 @@ def arrays(tgt, src, dtype="float64", **options):
 
 
 def extra(count, dtype="float64"):
+    if not count:
+        return None
     rng = np.random.default_rng(count)
     shapes = (count, HEADS, HEAD_DIM), (count, HEADS, VALUE_DIM)
     return Extra(*(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes))
@@ -62,17 +65,16 @@ def masks(batch, tgt_len, src_len):
 def results(implementation, q, k, v, mask=None, more=None, **options):
     """Returns all gradients, and what is attended to."""
     mask = Mask() if mask is None else mask
-    more = extra(0, q.dtype) if more is None else more
-    mask = dataclasses.replace(mask, open_columns=more.key.shape[0])
+    count = 0 if more is None else more.key.shape[0]
+    mask = dataclasses.replace(mask, open_columns=count)
 
     def loss(q_values, k_values, v_values, attn_bias, more):
-        pairs = zip((q, k, v), (q_values, k_values, v_values), strict=True)
-        out, weights = ragged_dot_product_attention(
-            *(dataclasses.replace(x, values=values) for x, values in pairs),
+        out, weights = dot_product_attention(
+            *(values[None] for values in (q_values, k_values, v_values)),
             dataclasses.replace(mask, attn_bias=attn_bias),
-            more,
             scale=0.3,
-            same_lengths=options.pop("same_lengths", q.lies_as(k)),
+            extra=more,
+            layout=Ragged.of(q, k),
             implementation=implementation,
             **options,
         )
@@ -130,12 +132,19 @@ def test_blocks_of_all_heads_for_accelerators(same_lengths):
     k, v = (dataclasses.replace(x, offsets=q.offsets) for x in (k, v))
     mask = dataclasses.replace(masks(5, 128, 128), is_causal=True)
     (*want, d_more), (want_out,) = results("reference", q, k, v, mask)
-    args = q, k, v, mask, jnp.asarray(0.3), None, extra(0)
-    options = dict(same_lengths=same_lengths, whole=True)
+    arrays_of_one = (x.values[None] for x in (q, k, v))
+    args = *arrays_of_one, mask, jnp.asarray(0.3), None, None
+    options = dict(
+        offsets=(q.offsets, q.offsets),
+        max_lens=(q.max_len, q.max_len),
+        same_lengths=same_lengths,
+        whole=True,
+    )
     out, lse = jax.jit(functools.partial(ragged.forward, **options))(*args)
     pull_back = jax.jit(functools.partial(ragged.backward, **options))
-    *gradients, _, d_extra = pull_back(*args, out, lse, wave(out.shape))
-    assert_close((out, gradients, d_extra), (want_out, want, d_more), 1e-11)
+    *gradients, d_bias, _, d_extra = pull_back(*args, out, lse, wave(out.shape))
+    got = [*(x[0] for x in gradients), d_bias]
+    assert_close((out, got, d_extra), (want_out, want, d_more), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -153,11 +162,11 @@ def test_gradients_can_be_differentiated_again():
 
     def penalty(values, implementation):
         def loss(values):
-            out, _ = ragged_dot_product_attention(
-                dataclasses.replace(q, values=values),
-                *(k, v, Mask(), extra(0)),
+            out, _ = dot_product_attention(
+                *(x[None] for x in (values, k.values, v.values)),
+                Mask(),
                 scale=0.3,
-                same_lengths=False,
+                layout=Ragged.of(q, k),
                 implementation=implementation,
             )
             return jnp.sum(jnp.sin(out))
@@ -541,7 +550,7 @@ X, DENSE = lay([5, 3], EMBED), np.ones((2, 8, EMBED))
             (DENSE, DENSE, DENSE),
             dict(key_padding_mask=X),
             TypeError,
-            "key_padding_mask must be a JAX or NumPy array, got flax_mha._ragged.Rag",
+            "key_padding_mask must be a JAX or NumPy array, got flax_mha.RaggedArray.",
         ),
         ((X, X, X[:1]), {}, ValueError, "value must have batch = 2, as key; got 1."),
         (

@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks, _masks
+from flax_mha import _masks
 from flax_mha._attention import multi_head_attention
+from flax_mha._checks import arguments, layer
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import KERNELS
 from flax_mha._params import ParamSpec, parameter_table
-from flax_mha._ragged import Sequences
-from flax_mha._typing import Array, ArrayLike, DType, Precision
+from flax_mha._typing import Array, ArrayLike, DType, Precision, Sequences
 
 
 class MultiheadAttention(nn.Module):
@@ -72,12 +72,12 @@ class MultiheadAttention(nn.Module):
     implementation: str | None = None
 
     def __post_init__(self):
-        _checks.constructor(self.embed_dim, self.num_heads, self.kdim, self.vdim)
-        _checks.probability("dropout", self.dropout)
-        _checks.floating_dtype("param_dtype", self.param_dtype)
+        layer.sizes(self.embed_dim, self.num_heads, self.kdim, self.vdim)
+        arguments.probability("dropout", self.dropout)
+        arguments.floating_dtype("param_dtype", self.param_dtype)
         if self.dtype is not None:
-            _checks.floating_dtype("dtype", self.dtype)
-        _checks.one_of("implementation", self.implementation, KERNELS)
+            arguments.floating_dtype("dtype", self.dtype)
+        arguments.one_of("implementation", self.implementation, KERNELS)
         self.kdim = self.embed_dim if self.kdim is None else self.kdim
         self.vdim = self.embed_dim if self.vdim is None else self.vdim
         super().__post_init__()
@@ -181,7 +181,7 @@ class MultiheadAttention(nn.Module):
             The merged mask and its type: (None, None), (key_padding_mask, 1), or a
             mask of shape (batch, num_heads, length, length) and 2.
         """
-        _checks.mergeable_masks(attn_mask, key_padding_mask, query)
+        layer.mergeable_masks(attn_mask, key_padding_mask, query)
         return _masks.merge(attn_mask, key_padding_mask, query, self.num_heads)
 
     def _parameters(self) -> dict[str, Array]:
@@ -211,7 +211,7 @@ class MultiheadAttention(nn.Module):
             return None
         if deterministic is None:
             deterministic = self.deterministic
-        _checks.dropout_call(self.dropout, deterministic, self.has_rng("dropout"))
+        layer.dropout_call(self.dropout, deterministic, self.has_rng("dropout"))
         if deterministic:
             return None
         return Dropout.from_rng(self.make_rng("dropout"), self.dropout)

@@ -1,0 +1,1 @@
+"""`RaggedArray`: sequences of different lengths, end to end in one array."""

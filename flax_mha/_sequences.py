@@ -1,0 +1,290 @@
+"""How the sequences of a call lie, as its caller gave them. Nobody else asks.
+
+`of_layer` and `of_function` check a call, and return its sequences: those of the layer,
+with features, or those of PyTorch's bare attention, split into heads. Each kind has its
+`layout` for `_dispatch`, the arrays that lie so, and `result`, which gives the caller
+what lies as the query. Another way to lie is another class.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha._checks import arguments, functional, layer
+from flax_mha._layouts import Padded, Ragged
+from flax_mha._masks import Mask, TorchMasks
+from flax_mha._ragged import call_checks
+from flax_mha._ragged.array import RaggedArray
+from flax_mha._ragged.tokens import nan_unless
+from flax_mha._typing import Array, ArrayLike, DType, Extra, MaskArray, Sequences
+
+_Three = tuple[Array, Array, Array]
+
+
+def of_layer(
+    query: Sequences,
+    key: Sequences,
+    value: Sequences,
+    masks: TorchMasks,
+    *,
+    num_heads: int,
+    features: tuple[int, int, int],
+    extra: int,
+    batch_first: bool,
+    static_k: ArrayLike | None,
+    static_v: ArrayLike | None,
+) -> "PaddedSequences | RaggedSequences":
+    """Checks a call of multi-head attention, and returns its sequences.
+
+    Args:
+        features: Of query, key and value, as the projections want them.
+        extra: How many keys will follow the others.
+        static_k, static_v: What replaces the projected key and value.
+    """
+    arguments.python_bools(is_causal=masks.is_causal)
+    statics: dict[str, Any] = dict(static_k=static_k, static_v=static_v)
+    inputs = query, key, value, masks.key_padding_mask
+    is_ragged = any(isinstance(x, RaggedArray) for x in inputs[:3])
+    if is_ragged:
+        call_checks.call(*inputs, masks.attn_mask, **statics)
+        if masks.is_replaced:
+            call_checks.no_hint_over(extra, masks.attn_mask)
+    layer.call(
+        *(map(_with_padding, inputs) if is_ragged else inputs),
+        attn_mask=masks.attn_mask,
+        features=features,
+        num_heads=num_heads,
+        batch_first=batch_first or is_ragged,
+        any_mask_shape=masks.is_replaced,
+        **statics,
+    )
+    if is_ragged:
+        return RaggedSequences(query, key, value, masks, num_heads)
+    return PaddedSequences(query, key, value, masks, num_heads, batch_first)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedSequences:
+    """Arrays (batch, length, features), (length, batch, features), or without batch."""
+
+    query: ArrayLike
+    key: ArrayLike
+    value: ArrayLike
+    masks: TorchMasks
+    num_heads: int
+    batch_first: bool
+    layout: ClassVar = Padded()
+
+    @property
+    def arrays(self) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        return self.query, self.key, self.value
+
+    def tokens(self, dtype: DType) -> _Three:
+        """Returns (batch, length, features); the same array for the same input."""
+        return _each(lambda x: self._batch_first(jnp.asarray(x, dtype)), self.arrays)
+
+    def mask(self, extra: Extra | None) -> Mask:
+        batch = self._batch_first(self.query).shape[0]
+        return self.masks.mask(batch=batch, num_heads=self.num_heads, extra=extra)
+
+    def result(self, out: Array, weights: Array | None) -> tuple[Array, Array | None]:
+        if self.query.ndim == 2:
+            return out[0], None if weights is None else weights[0]
+        return self._batch_first(out), weights
+
+    def _batch_first(self, x: Any) -> Any:
+        """Swaps the first two axes where they have to be, also back."""
+        if self.query.ndim == 2:
+            return x[None]
+        return x if self.batch_first else x.swapaxes(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedSequences:
+    """`RaggedArray`s of values (capacity, features)."""
+
+    query: RaggedArray
+    key: RaggedArray
+    value: RaggedArray
+    masks: TorchMasks
+    num_heads: int
+
+    @property
+    def layout(self) -> Ragged:
+        return Ragged.of(self.query, self.key)
+
+    @property
+    def arrays(self) -> _Three:
+        return self.query.values, self.key.values, self.value.values
+
+    def tokens(self, dtype: DType) -> _Three:
+        """Returns (1, capacity, features); the same array for the same input."""
+        inputs = self.query, self.key, self.value
+        read = _reader(*inputs, self.masks.key_padding_mask)
+        return _each(lambda x: jnp.asarray(read(x), dtype)[None], inputs)
+
+    def mask(self, extra: Extra | None) -> Mask:
+        masks = self.masks
+        if masks.key_padding_mask is not None:
+            padded = masks.key_padding_mask.to_padded()
+            masks = masks._replace(key_padding_mask=padded)
+        batch = len(self.query)
+        return masks.mask(batch=batch, num_heads=self.num_heads, extra=extra)
+
+    def result(
+        self, out: Array, weights: Array | None
+    ) -> tuple[RaggedArray, Array | None]:
+        return dataclasses.replace(self.query, values=out[0]).only_tokens(), weights
+
+
+def of_function(
+    query: Sequences,
+    key: Sequences,
+    value: Sequences,
+    attn_mask: ArrayLike | None,
+    *,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> "PaddedHeads | RaggedHeads":
+    """Checks a call of `scaled_dot_product_attention`, and returns its sequences."""
+    inputs = query, key, value
+    is_ragged = any(isinstance(x, RaggedArray) for x in inputs)
+    if is_ragged:
+        call_checks.call(*inputs, attn_mask=attn_mask, values_ndim=3)
+    stand_ins: Any = map(_heads_first, inputs) if is_ragged else inputs
+    leading = functional.scaled_dot_product(
+        *stand_ins,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+    )
+    if is_ragged:
+        return RaggedHeads(*inputs, leading[-1], enable_gqa)
+    return PaddedHeads(*inputs, leading, enable_gqa)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedHeads:
+    """Arrays (..., heads, length, dim), whose leading axes broadcast."""
+
+    query: ArrayLike
+    key: ArrayLike
+    value: ArrayLike
+    leading: tuple[int, ...]  # as they are broadcast
+    enable_gqa: bool
+    layout: ClassVar = Padded()
+
+    def heads(self) -> _Three:
+        """Returns queries, keys and values, (batch, length, heads, dim)."""
+        *outer, heads = self.leading or (1,)
+        arrays = self.query, self.key, self.value
+        dtype = jnp.result_type(*arrays)
+
+        def four_axes(x):
+            if self.enable_gqa and x.shape[-3] < heads:
+                x = jnp.repeat(x, heads // x.shape[-3], axis=-3)
+            x = jnp.broadcast_to(jnp.asarray(x, dtype), (*self.leading, *x.shape[-2:]))
+            x = x.reshape(math.prod(outer), heads, *x.shape[-2:])
+            return x.swapaxes(1, 2)
+
+        return _each(four_axes, arrays)
+
+    def mask(self, attn_mask: ArrayLike | None, is_causal: bool) -> Mask:
+        outer = (self.leading or (1,))[:-1]
+        return _mask(attn_mask, is_causal, outer, self.key.shape[-2])
+
+    def result(self, out: Array) -> Array:
+        tgt_len, value_dim = self.query.shape[-2], self.value.shape[-1]
+        return out.swapaxes(1, 2).reshape(*self.leading, tgt_len, value_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedHeads:
+    """`RaggedArray`s of values (capacity, heads, dim)."""
+
+    query: RaggedArray
+    key: RaggedArray
+    value: RaggedArray
+    num_heads: int
+    enable_gqa: bool
+
+    @property
+    def layout(self) -> Ragged:
+        return Ragged.of(self.query, self.key)
+
+    def heads(self) -> _Three:
+        """Returns queries, keys and values, (1, capacity, heads, dim)."""
+        inputs = self.query, self.key, self.value
+        dtype = jnp.result_type(*(x.values for x in inputs))
+        read = _reader(*inputs)
+
+        def all_heads(x):
+            x = jnp.asarray(read(x), dtype)
+            if self.enable_gqa:
+                x = jnp.repeat(x, self.num_heads // x.shape[1], axis=1)
+            return jnp.broadcast_to(x, (x.shape[0], self.num_heads, x.shape[2]))[None]
+
+        return _each(all_heads, inputs)
+
+    def mask(self, attn_mask: ArrayLike | None, is_causal: bool) -> Mask:
+        return _mask(attn_mask, is_causal, (len(self.query),), self.key.max_len)
+
+    def result(self, out: Array) -> RaggedArray:
+        return dataclasses.replace(self.query, values=out[0])
+
+
+def _each(function: Callable[[Any], Array], inputs: tuple[Any, Any, Any]) -> _Three:
+    results = {id(x): function(x) for x in inputs}
+    q, k, v = (results[id(x)] for x in inputs)
+    return q, k, v
+
+
+def _reader(
+    query: RaggedArray, key: RaggedArray, *like_key: RaggedArray | None
+) -> Callable[[RaggedArray], Array]:
+    """Returns a function that returns values, with zeros in the slack.
+
+    What is there would be in the gradients of the weights and of the scale. All values
+    are NaN if offsets are wrong, or not those of `key`, where that is not known before
+    it runs.
+    """
+    is_right = query.fits & key.fits & key.has_offsets_of(like_key)
+    return lambda x: nan_unless(is_right, x.only_tokens().values)
+
+
+def _with_padding(x: Any) -> Any:
+    """Returns what has the shape that a `RaggedArray` has with padding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, RaggedArray) else x
+
+
+def _heads_first(x: RaggedArray) -> jax.ShapeDtypeStruct:
+    """Returns what has the shape that PyTorch's function would be given."""
+    batch, length, heads, dim = x.shape
+    return jax.ShapeDtypeStruct((batch, heads, length, dim), x.dtype)
+
+
+def _mask(
+    attn_mask: ArrayLike | None, is_causal: bool, outer: Sequence[int], src_len: int
+) -> Mask:
+    """Returns the `Mask` of a function's mask, where True may attend."""
+    if attn_mask is None:
+        return Mask(is_causal=is_causal)
+    mask = _four_mask_axes(jnp.asarray(attn_mask), outer, src_len)
+    return Mask(allowed=(mask,)) if mask.dtype == jnp.bool_ else Mask(attn_bias=(mask,))
+
+
+def _four_mask_axes(mask: Array, outer: Sequence[int], src_len: int) -> MaskArray:
+    """Reshapes to (#batch, #heads, #tgt, src), broadcasting no more than it must."""
+    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], src_len))
+    *lead, tgt_len, _ = mask.shape
+    lead = [1] * (len(outer) + 1 - len(lead)) + lead
+    mask_outer, heads = lead[:-1], lead[-1]
+    if math.prod(mask_outer) != 1:
+        mask_outer = outer
+        shape = (*outer, heads, tgt_len, src_len)
+        mask = jnp.broadcast_to(mask.reshape(*lead, tgt_len, src_len), shape)
+    return mask.reshape(math.prod(mask_outer), heads, tgt_len, src_len)
