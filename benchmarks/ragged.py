@@ -25,6 +25,7 @@ from benchmarks.cases import Case  # noqa: E402
 from benchmarks.contenders import _jax_step  # noqa: E402
 from flax_mha import MultiheadAttention, RaggedArray, _dispatch  # noqa: E402
 from flax_mha._attention import _linear, _project  # noqa: E402
+from flax_mha._call import Call  # noqa: E402
 from flax_mha._layouts import Ragged  # noqa: E402
 from flax_mha._masks import Mask  # noqa: E402
 from flax_mha._params import parameter_table  # noqa: E402
@@ -95,7 +96,7 @@ def ragged_projections(case: Batch) -> measure.Step:
 def padded_attention(case: Batch, *, masked: bool) -> measure.Step:
     def apply(params, inputs, *padding):
         mask = Mask(blocked=padding)
-        return _dispatch.dot_product_attention(*inputs, mask, scale=_SCALE)[0]
+        return _dispatch.dot_product_attention(Call(*inputs, mask, _SCALE))[0]
 
     padding = [jnp.asarray(case.key_padding_mask()[:, None, None])] if masked else []
     return _jax_step(case, apply, extra=padding, prepare=lambda x: x.swapaxes(1, 2))
@@ -105,10 +106,8 @@ def ragged_attention(case: Batch) -> measure.Step:
     def apply(params, inputs, offsets):
         max_lens = (case.length, case.length)
         layout = Ragged(offsets, offsets, max_lens, same_lengths=True)
-        arrays = (x[None] for x in inputs)
-        out, _ = _dispatch.dot_product_attention(
-            *arrays, Mask(), scale=_SCALE, layout=layout
-        )
+        call = Call(*(x[None] for x in inputs), scale=_SCALE)
+        out, _ = _dispatch.dot_product_attention(call, layout=layout)
         return out[0]
 
     def prepare(x):

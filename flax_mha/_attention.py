@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_mha import _dispatch, _sequences
+from flax_mha._call import Call
 from flax_mha._checks import arguments
 from flax_mha._dropout import Dropout
 from flax_mha._masks import TorchMasks
@@ -70,17 +71,16 @@ def multi_head_attention(
         static_k=static_k,
         static_v=static_v,
     )
-    dtype = dtype or jnp.result_type(*sequences.arrays, *params.values())
+    tokens = sequences.tokens()
+    dtype = dtype or jnp.result_type(*tokens, *params.values())
     params = {name: jnp.asarray(param, dtype) for name, param in params.items()}
-    q, k, v = _project(params, *sequences.tokens(dtype), precision)
+    q, k, v = _project(params, *tokens, precision)
     k, v = _or_static(k, static_k), _or_static(v, static_v)
-    extra = _extra_columns(params, add_zero_attn, k.dtype)
+    extra = _extra_columns(params, add_zero_attn)
+    scale = 1 / math.sqrt(q.shape[3])
     attended, weights = _dispatch.dot_product_attention(
-        *(q, k, v, sequences.mask(extra)),
-        scale=1 / math.sqrt(q.shape[3]),
-        extra=extra,
+        Call(q, k, v, sequences.mask(extra), scale, dropout, extra),
         layout=sequences.layout,
-        dropout=dropout,
         weights=wanted,
         precision=precision,
         implementation=implementation,
@@ -141,8 +141,8 @@ def _project(
 def _linear(
     equation: str, x: Array, weight: Array, bias: Array | None, precision: Precision
 ) -> Array:
-    """Returns the product plus bias, rounded once to the dtype of `x`."""
-    wide = accumulation_dtype(x.dtype)
+    """Returns the product plus bias, rounded once to the dtype of the weight."""
+    x, wide = jnp.asarray(x, weight.dtype), accumulation_dtype(weight.dtype)
     out = jnp.einsum(
         equation, x, weight, precision=precision, preferred_element_type=wide
     )
@@ -160,9 +160,10 @@ def _or_static(projected: KeyHeads, static: ArrayLike | None) -> KeyHeads:
     return jnp.asarray(static, projected.dtype).reshape(shape).swapaxes(1, 2)
 
 
-def _extra_columns(params: Params, add_zero_attn: bool, dtype: DType) -> Extra | None:
+def _extra_columns(params: Params, add_zero_attn: bool) -> Extra | None:
     """Returns bias_k and bias_v, then zeros: keys and values that every query sees."""
-    heads = params["out_proj.weight"].shape[1:]
+    _, *heads = params["out_proj.weight"].shape
+    dtype = params["out_proj.weight"].dtype
     biases = ("bias_k", "bias_v") if "bias_k" in params else ()
     columns = [[params[name].reshape(-1, *heads)] for name in biases] or [[], []]
     if add_zero_attn:

@@ -10,22 +10,27 @@ are second derivatives: then `Ragged` pads, and packs what comes of it.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_mha._call import Call, Gradients, Places
 from flax_mha._kernels import ragged
 from flax_mha._kernels._blocks import WHOLE_LOGITS
 from flax_mha._lowering import ANY, Target
-from flax_mha._masks import Mask
 from flax_mha._plan import Plan, is_whole
 from flax_mha._ragged.array import RaggedArray
 from flax_mha._ragged.tokens import take_tokens
-from flax_mha._typing import Array, ArrayLike, Extra, KeyHeads, QueryHeads, ValueHeads
+from flax_mha._typing import Array, ArrayLike, Extra
 
 _MOST = 4  # times as many tokens as without padding
+
+# What was planned, and what is compiled for.
+_On = tuple[Plan, Target]
+# Out, lse and weights, or None.
+_Results = tuple[Array, Array | None, Array | None]
 
 
 @jax.tree_util.register_dataclass
@@ -35,83 +40,60 @@ class Padded:
 
     is_ragged: ClassVar[bool] = False
 
-    def padded(
-        self,
-        query: QueryHeads,
-        key: KeyHeads,
-        value: ValueHeads,
-        mask: Mask,
-        extra: Extra | None,
-    ) -> tuple[QueryHeads, KeyHeads, ValueHeads, Mask]:
+    def padded(self, call: Call) -> Call:
         """Returns what kernels take: arrays with padding, keys followed by extra."""
-        return query, *_append(key, value, extra), mask
+        if call.extra is None:
+            return call
+        extra = (x[None] for x in call.extra)
+        pairs = zip((call.key, call.value), extra, strict=True)
+        key, value = (
+            jnp.concatenate([x, jnp.broadcast_to(more, (len(x), *more.shape[1:]))], 1)
+            for x, more in pairs
+        )
+        return call._replace(key=key, value=value, extra=None)
 
-    def unwise(self, query: Array, key: Array) -> str | None:
+    def unwise(self, call: Call) -> str | None:
         """Returns why no kernel should run on padded arrays, unless it is named."""
         return None
 
     def forward(
-        self,
-        attend: Callable,
-        query: QueryHeads,
-        key: KeyHeads,
-        value: ValueHeads,
-        mask: Mask,
-        scale: Array | float,
-        dropout: Any,
-        extra: Extra | None,
-        *,
-        on: tuple[Plan, Target] | None = None,
-    ) -> tuple[Array, Array | None, Array | None]:
-        """Returns out, lse and weights, or None.
+        self, attend: Callable[[Call], _Results], call: Call, *, on: _On | None = None
+    ) -> _Results:
+        """Returns out, lse and weights.
 
         Args:
-            attend: `attend(query, key, value, mask, scale, dropout)` returns them for
-                what `padded` returns.
-            on: What was planned, and what is compiled for. None: only `attend` may run.
+            attend: Returns them for what `padded` returns.
+            on: None: nothing but `attend` may run.
         """
-        return attend(*self.padded(query, key, value, mask, extra), scale, dropout)
+        return attend(self.padded(call))
 
     def backward(
         self,
-        pull_back: Callable,
-        args: tuple,
+        pull_back: Callable[..., Gradients],
+        call: Call,
         out: Array,
         lse: Array,
         d_out: Array,
         d_weights: Array | None,
         *,
-        on: tuple[Plan, Target],
+        on: _On,
         with_bias: bool,
-    ) -> tuple:
-        """Returns the gradients of query, key, value, float masks, scale and extra.
+    ) -> Gradients:
+        """Returns the gradients.
 
         Args:
-            pull_back: `pull_back((query, key, value, mask, scale, dropout), out, lse,
-                d_out, d_weights)` returns them for what `padded` returns, but for
-                extra.
-            args: All of `forward`.
+            pull_back: `pull_back(call, out, lse, d_out, d_weights)` returns them for
+                what `padded` returns.
             with_bias: Whether those of float masks are wanted.
         """
-        query, key, value, mask, scale, dropout, extra = args
-        padded = self.padded(query, key, value, mask, extra)
-        d_query, d_key, d_value, d_bias, d_scale = pull_back(
-            (*padded, scale, dropout), out, lse, d_out, d_weights
-        )
-        d_key, d_value, d_extra = _split(d_key, d_value, key.shape[1], extra)
-        return d_query, d_key, d_value, d_bias, d_scale, d_extra
+        gradients = pull_back(self.padded(call), out, lse, d_out, d_weights)
+        return _split(gradients, call.key.shape[1], call.extra)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ragged:
+class Ragged(Places):
     """The elements of `RaggedArray`s, end to end: (1, capacity, heads, dim)."""
-
-    query_offsets: ArrayLike
-    key_offsets: ArrayLike
-    max_lens: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
-    # Known to be those of queries and of keys at once.
-    same_lengths: bool = dataclasses.field(metadata=dict(static=True))
 
     is_ragged: ClassVar[bool] = True
 
@@ -121,31 +103,29 @@ class Ragged:
         max_lens = query.max_len, key.max_len
         return cls(query.offsets, key.offsets, max_lens, query.lies_as(key))
 
-    def padded(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        mask: Mask,
-        extra: Extra | None,
-    ) -> tuple[QueryHeads, KeyHeads, ValueHeads, Mask]:
+    def padded(self, call: Call) -> Call:
         """As that of `Padded`."""
-        keys = self._keys(key)
+        mask, keys = call.mask, self._keys(call.key)
         if not (self.same_lengths and mask.is_causal):  # or no query sees the padding
             is_padding = _positions(keys) >= keys.lengths[:, None]
             if not mask.open_columns:
                 # Without keys, attend to zeros: the result is 0 as well, but no softmax
                 # of nothing on the way.
                 is_padding &= keys.lengths[:, None] > 0
-            mask = dataclasses.replace(
-                mask, blocked=(*mask.blocked, is_padding[:, None, None])
-            )
-        padded = keys.to_padded(), self._keys(value).to_padded()
-        return self._queries(query).to_padded(), *_append(*padded, extra), mask
+            blocked = (*mask.blocked, is_padding[:, None, None])
+            mask = dataclasses.replace(mask, blocked=blocked)
+        padded = call._replace(
+            query=self._queries(call.query).to_padded(),
+            key=keys.to_padded(),
+            value=self._keys(call.value).to_padded(),
+            mask=mask,
+        )
+        return Padded().padded(padded)
 
-    def unwise(self, query: Array, key: Array) -> str | None:
+    def unwise(self, call: Call) -> str | None:
         """As that of `Padded`, from shapes alone."""
-        for name, x in dict(query=self._queries(query), key=self._keys(key)).items():
+        inputs = dict(query=self._queries(call.query), key=self._keys(call.key))
+        for name, x in inputs.items():
             padded = len(x) * x.max_len
             if padded > _MOST * x.capacity:
                 return (
@@ -155,105 +135,83 @@ class Ragged:
         return None
 
     def forward(
-        self,
-        attend: Callable,
-        *args: Any,
-        on: tuple[Plan, Target] | None = None,
-    ) -> tuple[Array, Array | None, Array | None]:
+        self, attend: Callable[[Call], _Results], call: Call, *, on: _On | None = None
+    ) -> _Results:
         """As that of `Padded`; weights are those of padded arrays, 0 in the padding."""
         if on is None or self._is_padded(*on):
-            return self._forward_padded(attend, *args)
+            return self._forward_padded(attend, call)
         plan, target = on
         out, lse = ragged.forward(
-            *args,
-            **self._places(),
+            *(call, self),
             precision=plan.precision,
             whole=is_whole(target),
             dead_is_zero=plan.weights is None,
         )
         weights = None
         if plan.weights is not None:
-            _, _, weights = self._forward_padded(attend, *args)
+            _, _, weights = self._forward_padded(attend, call)
         return out, lse, weights
 
     def backward(
         self,
-        pull_back: Callable,
-        args: Any,
+        pull_back: Callable[..., Gradients],
+        call: Call,
         out: Array,
         lse: Array,
         d_out: Array,
         d_weights: Array | None,
         *,
-        on: tuple[Plan, Target],
+        on: _On,
         with_bias: bool,
-    ) -> tuple:
+    ) -> Gradients:
         """As that of `Padded`."""
-        if d_weights is not None or self._is_padded(*on):
-            return self._backward_padded(pull_back, args, out, lse, d_out, d_weights)
         plan, target = on
-        return ragged.backward(
-            *args,
-            out=out,
-            lse=lse,
-            d_out=d_out,
-            **self._places(),
-            precision=plan.precision,
-            with_bias=with_bias,
-            whole=is_whole(target),
-        )
-
-    def _forward_padded(
-        self, attend, query, key, value, mask, scale, dropout, extra
-    ) -> tuple[Array, Array | None, Array | None]:
-        padded = self.padded(query, key, value, mask, extra)
-        queries, keys = self._queries(query), self._keys(key)
-        out, lse, weights = attend(*padded, scale, dropout)
-        out = _pack(out, queries)
-        if lse is not None:
-            lse = _pack(lse.swapaxes(1, 2), queries)
-        if weights is None:
-            return out[None], lse, None
-        # Where there is no key at all, what masks say of keys does not matter.
-        if not mask.open_columns:
-            no_keys = (keys.lengths == 0)[:, None].repeat(queries.max_len, 1)
-            no_keys = _pack(no_keys, queries)[:, None, None]
-            out = jnp.where(no_keys, 0, out)
-            if lse is not None:
-                nothing = jnp.array([jnp.inf, 0], lse.dtype)[None, None]
-                lse = jnp.where(no_keys, nothing, lse)
-        weights = jnp.where(_is_weight(queries, keys, weights), weights, 0)
-        return out[None], lse, weights
-
-    def _backward_padded(self, pull_back, args, out, lse, d_out, d_weights) -> tuple:
-        query, key, value, mask, scale, dropout, extra = args
-        queries, keys = self._queries(query), self._keys(key)
+        if d_weights is None and not self._is_padded(*on):
+            return ragged.backward(
+                *(call, self, out, lse, d_out),
+                precision=plan.precision,
+                with_bias=with_bias,
+                whole=is_whole(target),
+            )
+        queries, keys = self._queries(call.query), self._keys(call.key)
         if d_weights is not None:
             d_weights = jnp.where(_is_weight(queries, keys, d_weights), d_weights, 0)
-        padded = self.padded(query, key, value, mask, extra)
         # In the padding, no probability is more than 0.
         lse = self._queries(lse[None]).to_padded(jnp.inf).swapaxes(1, 2)
         out, d_out = (self._queries(x).to_padded() for x in (out, d_out))
-        d_query, d_key, d_value, d_bias, d_scale = pull_back(
-            (*padded, scale, dropout), out, lse, d_out, d_weights
+        gradients = pull_back(self.padded(call), out, lse, d_out, d_weights)
+        gradients = _split(gradients, keys.max_len, call.extra)
+        return gradients._replace(
+            query=_pack(gradients.query, queries)[None],
+            key=_pack(gradients.key, keys)[None],
+            value=_pack(gradients.value, keys)[None],
         )
-        d_key, d_value, d_extra = _split(d_key, d_value, keys.max_len, extra)
-        d_query = _pack(d_query, queries)
-        d_key, d_value = (_pack(d, keys) for d in (d_key, d_value))
-        return d_query[None], d_key[None], d_value[None], d_bias, d_scale, d_extra
+
+    def _forward_padded(
+        self, attend: Callable[[Call], _Results], call: Call
+    ) -> _Results:
+        queries, keys = self._queries(call.query), self._keys(call.key)
+        out, lse, weights = attend(self.padded(call))
+        out = _pack(out, queries)[None]
+        if lse is not None:
+            lse = _pack(lse.swapaxes(1, 2), queries)
+        if weights is None:
+            return out, lse, None
+        # Where there is no key at all, what masks say of keys does not matter.
+        if not call.mask.open_columns:
+            no_keys = (keys.lengths == 0)[:, None].repeat(queries.max_len, 1)
+            no_keys = _pack(no_keys, queries)[:, None, None]
+            out = jnp.where(no_keys[None], 0, out)
+            if lse is not None:
+                nothing = jnp.array([jnp.inf, 0], lse.dtype)[None, None]
+                lse = jnp.where(no_keys, nothing, lse)
+        return out, lse, jnp.where(_is_weight(queries, keys, weights), weights, 0)
 
     def _is_padded(self, plan: Plan, target: Target) -> bool:
         if target == ANY or plan.kernel(target) != "blockwise":
             return True
         # As few logits as fit into one block: faster than to go from one to another.
         return is_whole(target) and math.prod(plan.logits) <= WHOLE_LOGITS
-
-    def _places(self) -> dict[str, Any]:
-        return dict(
-            offsets=(self.query_offsets, self.key_offsets),
-            max_lens=self.max_lens,
-            same_lengths=self.same_lengths,
-        )
 
     def _queries(self, x: Array) -> RaggedArray:
         return RaggedArray(x[0], self.query_offsets, self.max_lens[0])
@@ -262,21 +220,14 @@ class Ragged:
         return RaggedArray(x[0], self.key_offsets, self.max_lens[1])
 
 
-def _append(key: KeyHeads, value: ValueHeads, extra: Extra | None) -> tuple:
-    """Returns keys and values, followed by the extra ones."""
+def _split(gradients: Gradients, src_len: int, extra: Extra | None) -> Gradients:
+    """Returns the gradients with those of the extra keys and values apart."""
     if extra is None:
-        return key, value
-    more = (jnp.broadcast_to(x[None], (key.shape[0], *x.shape)) for x in extra)
-    pairs = zip((key, value), more, strict=True)
-    return tuple(jnp.concatenate(pair, axis=1) for pair in pairs)
-
-
-def _split(d_key: KeyHeads, d_value: ValueHeads, src_len: int, extra: Extra | None):
-    """Returns the gradients of keys, of values, and of the extra ones."""
-    if extra is None:
-        return d_key, d_value, None
-    d_extra = Extra(*(jnp.sum(d[:, src_len:], axis=0) for d in (d_key, d_value)))
-    return d_key[:, :src_len], d_value[:, :src_len], d_extra
+        return gradients
+    both = gradients.key, gradients.value
+    d_extra = Extra(*(jnp.sum(d[:, src_len:], axis=0) for d in both))
+    key, value = (d[:, :src_len] for d in both)
+    return gradients._replace(key=key, value=value, extra=d_extra)
 
 
 def _pack(padded: Array, like: RaggedArray) -> Array:

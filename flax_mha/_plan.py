@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import jax
 
-from flax_mha._dropout import Dropout
+from flax_mha._call import Call
 from flax_mha._kernels import KERNELS
 from flax_mha._lowering import ANY, Target
-from flax_mha._masks import Mask
-from flax_mha._typing import KeyHeads, Precision, QueryHeads, ValueHeads, Weighting
+from flax_mha._typing import Precision, Weighting
 
 FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
 
@@ -34,11 +33,7 @@ class Plan(NamedTuple):
     @classmethod
     def of(
         cls,
-        query: QueryHeads,
-        key: KeyHeads,
-        value: ValueHeads,
-        mask: Mask,
-        dropout: Dropout | None,
+        call: Call,
         *,
         weights: Weighting,
         precision: Precision,
@@ -49,7 +44,7 @@ class Plan(NamedTuple):
         """Plans from shapes and dtypes.
 
         Args:
-            query, key, value, mask: With padding.
+            call: With padding.
             unwise: Why no kernel should run on these arrays, unless it is named.
 
         Raises:
@@ -57,19 +52,17 @@ class Plan(NamedTuple):
         """
 
         def reasons(kernel):
-            args = (query, key, value, mask)
-            never = kernel.missing() or kernel.unsupported(*args, dropout=dropout)
+            never = kernel.missing() or kernel.unsupported(call)
             if never is not None:
                 return Reasons(never)
             return Reasons(
-                None, kernel.unwise(*args) or unwise, kernel.indivisible(*args)
+                None, kernel.unwise(call) or unwise, kernel.indivisible(call)
             )
 
         if precision is None:  # kernels are traced later, outside of this context
             precision = jax.config.jax_default_matmul_precision  # pyright: ignore
-        batch, tgt_len, num_heads, _ = query.shape
         plan = cls(
-            logits=(batch, num_heads, tgt_len, key.shape[1]),
+            logits=call.logits,
             weights=weights,
             precision=precision,
             implementation=implementation,

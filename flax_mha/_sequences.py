@@ -20,7 +20,7 @@ from flax_mha._masks import Mask, TorchMasks
 from flax_mha._ragged import call_checks
 from flax_mha._ragged.array import RaggedArray
 from flax_mha._ragged.tokens import nan_unless
-from flax_mha._typing import Array, ArrayLike, DType, Extra, MaskArray, Sequences
+from flax_mha._typing import Array, ArrayLike, Extra, MaskArray, Sequences
 
 _Three = tuple[Array, Array, Array]
 
@@ -79,13 +79,9 @@ class PaddedSequences:
     batch_first: bool
     layout: ClassVar = Padded()
 
-    @property
-    def arrays(self) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
-        return self.query, self.key, self.value
-
-    def tokens(self, dtype: DType) -> _Three:
+    def tokens(self) -> _Three:
         """Returns (batch, length, features); the same array for the same input."""
-        return _each(lambda x: self._batch_first(jnp.asarray(x, dtype)), self.arrays)
+        return _each(self._batch_first, (self.query, self.key, self.value))
 
     def mask(self, extra: Extra | None) -> Mask:
         batch = self._batch_first(self.query).shape[0]
@@ -117,15 +113,11 @@ class RaggedSequences:
     def layout(self) -> Ragged:
         return Ragged.of(self.query, self.key)
 
-    @property
-    def arrays(self) -> _Three:
-        return self.query.values, self.key.values, self.value.values
-
-    def tokens(self, dtype: DType) -> _Three:
+    def tokens(self) -> _Three:
         """Returns (1, capacity, features); the same array for the same input."""
         inputs = self.query, self.key, self.value
         read = _reader(*inputs, self.masks.key_padding_mask)
-        return _each(lambda x: jnp.asarray(read(x), dtype)[None], inputs)
+        return _each(lambda x: read(x)[None], inputs)
 
     def mask(self, extra: Extra | None) -> Mask:
         masks = self.masks

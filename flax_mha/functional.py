@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flax_mha import _dispatch, _sequences
 from flax_mha._attention import multi_head_attention
+from flax_mha._call import Call
 from flax_mha._checks import arguments, functional, layer
 from flax_mha._dropout import Dropout
 from flax_mha._typing import Array, ArrayLike, Precision, Sequences
@@ -166,12 +167,12 @@ def scaled_dot_product_attention(
     sequences = _sequences.of_function(
         *(query, key, value, attn_mask), is_causal=is_causal, enable_gqa=enable_gqa
     )
-    q, k, v = sequences.heads()
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1] or 1)
+    mask = sequences.mask(attn_mask, is_causal)
     out, _ = _dispatch.dot_product_attention(
-        *(q, k, v, sequences.mask(attn_mask, is_causal)),
-        scale=1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale,
+        Call(*sequences.heads(), mask, scale, _dropout(dropout_p, dropout_rng)),
         layout=sequences.layout,
-        dropout=_dropout(dropout_p, dropout_rng),
         precision=precision,
         implementation=implementation,
     )

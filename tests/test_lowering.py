@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_mha
 from flax_mha import MultiheadAttention
+from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._lowering import at_lowering
 from flax_mha._masks import Mask
@@ -25,7 +26,7 @@ def arrays(batch=8, length=16, heads=4, head_dim=8, dtype="float32"):
 
 def attend(query, key, value, mask=None, **options):
     mask = mask or Mask()
-    return dot_product_attention(query, key, value, mask, scale=0.3, **options)[0]
+    return dot_product_attention(Call(query, key, value, mask, 0.3), **options)[0]
 
 
 def loss(*args, **options):

@@ -10,38 +10,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_mha._dropout import Dropout
+from flax_mha._call import Call, Gradients
 from flax_mha._kernels._blocks import Blocks, block_sizes, is_padding
 from flax_mha._kernels._softmax import Rows, Running, delta_of, product
-from flax_mha._masks import Mask
 from flax_mha._mesh import varying_axes
 from flax_mha._typing import (
     Array,
-    KeyHeads,
-    MaskArray,
     MeanWeights,
     OutHeads,
     Precision,
-    QueryHeads,
-    ValueHeads,
     Weights,
     accumulation_dtype,
 )
-
-
-def missing() -> str | None:
-    return None
-
-
-def unsupported(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    *,
-    dropout: Dropout | None,
-) -> str | None:
-    return None
 
 
 class _Options(NamedTuple):
@@ -52,12 +32,7 @@ class _Options(NamedTuple):
 
 
 def forward(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    scale: Array,
-    dropout: Dropout | None,
+    call: Call,
     *,
     precision: Precision = None,
     weights: str | None = None,
@@ -71,16 +46,15 @@ def forward(
         whole: Blocks hold all sequences and heads; see `block_sizes`.
     """
     options = _Options(weights, precision, whole)
-    args = (query, key, value, mask, scale, dropout)
-    blocks = _blocks(options, *args)
-    batch, num_heads, tgt_len, src_len = blocks.shape
-    dtype = accumulation_dtype(query.dtype)
-    out = jnp.zeros((batch, tgt_len, num_heads, value.shape[3]), query.dtype)
+    blocks = _blocks(options, call)
+    batch, num_heads, tgt_len, src_len = call.logits
+    in_dtype, dtype = call.query.dtype, accumulation_dtype(call.query.dtype)
+    out = jnp.zeros((batch, tgt_len, num_heads, call.value.shape[3]), in_dtype)
     lse = jnp.zeros((batch, num_heads, tgt_len, 2), dtype)
     all_weights = None
     if weights:
         heads = 1 if weights == "mean" else num_heads
-        weights_dtype = dtype if weights == "mean" else query.dtype
+        weights_dtype = dtype if weights == "mean" else in_dtype
         all_weights = jnp.zeros((batch, heads, tgt_len, src_len), weights_dtype)
 
     def one_block(results, n):
@@ -89,7 +63,7 @@ def forward(
         _, n_heads, n_rows = blocks.grid
         n, head = n // n_heads, n % n_heads
         corner = blocks.corner(n // n_rows, head, n % n_rows)
-        running = _attend_block(options, blocks, query, key, value, scale, corner)
+        running = _attend_block(options, blocks, call, corner)
         running, terms = running.finish(dead_is_zero=weights is None)
         out = blocks.write_rows(out, running.out, corner)
         lse = blocks.write(lse, terms, corner)
@@ -105,21 +79,21 @@ def forward(
 
     out, lse, all_weights = blocks.over_grid(one_block, (out, lse, all_weights))
     if all_weights is not None and weights == "mean":
-        all_weights = all_weights[:, 0].astype(query.dtype)
+        all_weights = all_weights[:, 0].astype(in_dtype)
     return out, lse, all_weights
 
 
-def _attend_block(options, blocks, query, key, value, scale, corner) -> Running:
+def _attend_block(options, blocks, call, corner) -> Running:
     """Returns the softmax and its product with the values for one block of rows."""
-    q = blocks.rows(query, corner)
-    start = Running.start(q.shape[:3], value.shape[3], scale.dtype)
+    q = blocks.rows(call.query, corner)
+    start = Running.start(q.shape[:3], call.value.shape[3], call.scale.dtype)
 
     def absorb(running, mask, column, columns):
         def compute():
-            k = blocks.columns(key, corner, column, columns)
-            v = blocks.columns(value, corner, column, columns)
+            k = blocks.columns(call.key, corner, column, columns)
+            v = blocks.columns(call.value, corner, column, columns)
             return running.absorb(
-                _logits(options, q, k, scale, mask, corner, column),
+                _logits(options, q, k, call.scale, mask, corner, column),
                 v,
                 functools.partial(blocks.dropped, corner, column),
                 precision=options.precision,
@@ -132,12 +106,7 @@ def _attend_block(options, blocks, query, key, value, scale, corner) -> Running:
 
 
 def backward(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    scale: Array,
-    dropout: Dropout | None,
+    call: Call,
     out: OutHeads,
     lse: Array,
     d_out: OutHeads,
@@ -146,20 +115,18 @@ def backward(
     with_bias: bool = True,
     d_weights: Weights | MeanWeights | None = None,
     whole: bool = False,
-) -> tuple[QueryHeads, KeyHeads, ValueHeads, tuple[MaskArray, ...], Array]:
+) -> Gradients:
     """As that of all kernels (see `_kernels`); recomputes the probabilities."""
     weights = None if d_weights is None else "heads"
     if d_weights is not None and d_weights.ndim == 3:
-        d_weights = d_weights[:, None] / query.shape[2]
-    options = _Options(weights, precision, whole, with_bias and bool(mask.attn_bias))
-    args = (query, key, value, mask, scale, dropout, d_out, d_weights)
-    blocks = _blocks(options, *args)
+        d_weights = d_weights[:, None] / call.query.shape[2]
+    query, key, value, mask, scale, *_ = call
+    biases = mask.attn_bias if with_bias else ()
+    options = _Options(weights, precision, whole, bool(biases))
+    blocks = _blocks(options, call, d_out, d_weights)
     gradients = jax.tree.map(
         functools.partial(jnp.zeros_like, dtype=scale.dtype),
-        (
-            *(query, _keys_last(key), _keys_last(value)),
-            mask.attn_bias if with_bias else (),
-        ),
+        (query, _keys_last(key), _keys_last(value), biases),
     )
 
     def one_block(gradients, n):
@@ -167,20 +134,18 @@ def backward(
         batch_and_head, row = n // n_rows, n % n_rows
         corner = blocks.corner(batch_and_head // n_heads, batch_and_head % n_heads, row)
         rows = _read_rows(blocks, corner, query, out, lse, d_out, d_weights)
-        pull_back = functools.partial(
-            _pull_back, options, blocks, key, value, scale, corner, rows
-        )
+        pull_back = functools.partial(_pull_back, options, blocks, call, corner, rows)
         d_query, *others = gradients
         carry = (jnp.zeros(rows.q.shape, scale.dtype), *others)
         d_q, *others = blocks.over_keys(pull_back, carry, corner)
         return blocks.add_rows(d_query, d_q, corner), *others
 
     d_query, d_key, d_value, d_bias = blocks.over_grid(one_block, gradients)
-    return (
+    return Gradients(
         (d_query * scale).astype(query.dtype),
         _keys_first(d_key * scale).astype(key.dtype),
         _keys_first(d_value).astype(value.dtype),
-        tuple(d.astype(b.dtype) for d, b in zip(d_bias, mask.attn_bias, strict=False)),
+        tuple(d.astype(b.dtype) for d, b in zip(d_bias, biases, strict=True)),
         jnp.sum(d_query * query.astype(scale.dtype)),
     )
 
@@ -207,15 +172,13 @@ def _read_rows(blocks, corner, query, out, lse, d_out, d_weights) -> Rows:
     return Rows(q, terms, d_o, d_w, delta=None)
 
 
-def _pull_back(
-    options, blocks, key, value, scale, corner, rows, carry, mask, column, columns
-):
+def _pull_back(options, blocks, call, corner, rows, carry, mask, column, columns):
     """Returns the gradients `carry` with those through one block of logits added."""
 
     def compute():
-        k = blocks.columns(key, corner, column, columns)
-        v = blocks.columns(value, corner, column, columns)
-        logits = _logits(options, rows.q, k, scale, mask, corner, column)
+        k = blocks.columns(call.key, corner, column, columns)
+        v = blocks.columns(call.value, corner, column, columns)
+        logits = _logits(options, rows.q, k, call.scale, mask, corner, column)
         drop = functools.partial(blocks.dropped, corner, column)
         *gradients, d_logits = rows.pull_back(
             logits, k, v, drop, precision=options.precision
@@ -240,18 +203,17 @@ def _pull_back(
     )
 
 
-def _blocks(options, query, key, value, mask, scale, dropout, *others) -> Blocks:
-    batch, tgt_len, num_heads, _ = query.shape
-    shape = (batch, num_heads, tgt_len, key.shape[1])
+def _blocks(options, call, *others) -> Blocks:
+    mask = call.mask
     sizes = block_sizes(
-        *shape,
+        *call.logits,
         weights=options.weights,
         is_causal=mask.is_causal,
         is_padded=any(map(is_padding, mask.blocked)),
         whole=options.whole,
     )
-    axes = varying_axes(query, key, value, mask, scale, dropout, others)
-    return Blocks(shape, sizes, mask, dropout, axes)
+    axes = varying_axes(call, others)
+    return Blocks(call.logits, sizes, mask, call.dropout, axes)
 
 
 def _logits(options, q, k, scale, mask, corner, column) -> Array:

@@ -29,18 +29,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_mha._dropout import Dropout
+from flax_mha._call import Call, Gradients
 from flax_mha._kernels import _cudnn_calls
 from flax_mha._kernels._blocks import is_padding
 from flax_mha._masks import Mask
 from flax_mha._typing import (
     Array,
     DType,
-    KeyHeads,
     OutHeads,
     Precision,
-    QueryHeads,
-    ValueHeads,
 )
 
 _MAX_WIDTH = 128  # of a head; only Hopper and later take more
@@ -60,14 +57,8 @@ def missing() -> str | None:
     return _cudnn_calls.missing()
 
 
-def unsupported(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    *,
-    dropout: Dropout | None,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
+    query, key, value, mask, *_ = call
     head_dim = key.shape[3]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 and float16, not {query.dtype}"
@@ -79,7 +70,7 @@ def unsupported(
         return f"head_dim is {head_dim}, more than {_MAX_WIDTH}"
     if 0 in (*query.shape, *key.shape):
         return f"an axis is empty: query {query.shape}, key {key.shape}"
-    if dropout is not None:
+    if call.dropout is not None:
         return "cuDNN does not drop the same probabilities as the other kernels"
     for x in mask.attn_bias:
         if x.dtype != query.dtype:
@@ -90,15 +81,14 @@ def unsupported(
     return None
 
 
-def unwise(
-    query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
-) -> str | None:
+def unwise(call: Call) -> str | None:
+    _, key, _, mask, *_ = call
     _, bias = _split_mask(mask, key.shape[3])
     shapes = [x.shape for x in jax.tree.leaves(bias)]
     if not shapes or _is_boolean_padding(mask):
         return None
-    batch, tgt_len, num_heads, _ = query.shape
-    covered = (1, 1, tgt_len, key.shape[1] - mask.open_columns)
+    batch, num_heads, tgt_len, src_len = call.logits
+    covered = (1, 1, tgt_len, src_len - mask.open_columns)
     shape = np.broadcast_shapes(covered, *shapes)
     if math.prod(shape) > max(x.size for x in jax.tree.leaves(mask)):
         return f"its masks would become one of {shape}, larger than each"
@@ -107,30 +97,19 @@ def unwise(
     return None
 
 
-def indivisible(
-    query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
-) -> str | None:
+def indivisible(call: Call) -> str | None:
     return "JAX divides it only in some ways; call it inside jax.shard_map"
 
 
-def forward(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    scale: Array,
-    dropout: Dropout | None,
-    *,
-    precision: Precision = None,
-) -> tuple[OutHeads, Array]:
+def forward(call: Call, *, precision: Precision = None) -> tuple[OutHeads, Array]:
     """As that of all kernels; see `_kernels`."""
-    del dropout, precision
-    layout = _Layout.of(query, key, mask)
-    arguments = layout.arguments(query, key, value, mask, scale)
-    out, lse = _cudnn_calls.forward(*arguments, is_causal=mask.is_causal)
-    out = layout.rows_back(out, axis=1)[..., : query.shape[3]]
+    del precision
+    layout, mask = _Layout.of(call), call.mask
+    is_causal = mask.is_causal
+    out, lse = _cudnn_calls.forward(*layout.arguments(call), is_causal=is_causal)
+    out = layout.rows_back(out, axis=1)[..., : layout.head_dim]
     lse = layout.rows_back(lse[..., None], axis=2)
-    rows = _Rows.of(mask, query.shape[1], key.shape[1], query.dtype)
+    rows = _Rows.of(mask, layout.tgt_len, layout.src_len, call.query.dtype)
     if rows is None:
         return out, jnp.concatenate([jnp.zeros_like(lse), lse], axis=-1)
     # What cuDNN is given is finite: a dead row gets the mean of the values there.
@@ -141,22 +120,18 @@ def forward(
 
 
 def backward(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    scale: Array,
-    dropout: Dropout | None,
+    call: Call,
     out: OutHeads,
     lse: Array,
     d_out: OutHeads,
     *,
     precision: Precision = None,
     with_bias: bool = True,
-) -> tuple[QueryHeads, KeyHeads, ValueHeads, tuple[Array, ...], Array]:
+) -> Gradients:
     """As that of all kernels; see `_kernels`."""
-    del dropout, precision
-    layout = _Layout.of(query, key, mask)
+    del precision
+    query, _, _, mask, scale, *_ = call
+    layout = _Layout.of(call)
     first, second = lse[..., :1], lse[..., 1:]
     is_huge = first < _HUGE
     lse = jnp.where(is_huge, _finite(first, query.dtype).astype(lse.dtype), second)
@@ -168,7 +143,7 @@ def backward(
     in_keys, bias = _split_mask(mask, layout.head_dim)
     with_bias_array = with_bias and bool(bias.attn_bias)
     d_query, d_key, d_value, *d_bias = _cudnn_calls.backward(
-        *layout.arguments(query, key, value, mask, scale),
+        *layout.arguments(call),
         *(lse, layout.queries(out), layout.queries(d_out)),
         is_causal=mask.is_causal,
         with_bias=with_bias_array,
@@ -183,7 +158,7 @@ def backward(
 
     d_query = layout.rows_back(d_query, axis=1)[..., : layout.head_dim]
     d_query = d_query.astype(jnp.float32)
-    return (
+    return Gradients(
         (d_query * scale).astype(query.dtype),
         layout.keys_back(d_key),
         layout.keys_back(d_value),
@@ -241,10 +216,10 @@ class _Layout:
     order: Array | None  # (batch, src): which key is where
 
     @classmethod
-    def of(cls, query: QueryHeads, key: KeyHeads, mask: Mask) -> Self:
-        batch, src_len, _, head_dim = key.shape
-        covered = src_len - mask.open_columns
-        lengths = (query.shape[1], src_len, covered)
+    def of(cls, call: Call) -> Self:
+        mask, head_dim = call.mask, call.key.shape[3]
+        batch, _, tgt_len, src_len = call.logits
+        lengths = (tgt_len, src_len, src_len - mask.open_columns)
         first = mask.open_columns if mask.is_causal else 0
         layout = cls(*lengths, head_dim, _round_up(head_dim, 8), first, None, None)
         if _is_boolean_padding(mask):
@@ -268,14 +243,10 @@ class _Layout:
         return dataclasses.replace(self, is_open=is_open, order=order)
 
     def arguments(
-        self,
-        query: QueryHeads,
-        key: KeyHeads,
-        value: ValueHeads,
-        mask: Mask,
-        scale: Array,
+        self, call: Call
     ) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """Returns the queries, keys, values, bias and lengths for cuDNN."""
+        query, key, value, mask, scale, *_ = call
         dtype = query.dtype
         query = self.queries((query.astype(jnp.float32) * scale).astype(dtype))
         key, value = self.keys(key), self.keys(value)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_mha._call import Call, Gradients, Places
 from flax_mha._dropout import Dropout
 from flax_mha._kernels._ragged_blocks import (
     Block,
@@ -29,21 +30,13 @@ from flax_mha._kernels._ragged_blocks import (
 )
 from flax_mha._kernels._softmax import Rows, Running, delta_of, product
 from flax_mha._masks import Mask
-from flax_mha._typing import Array, ArrayLike, Extra, MaskArray, Precision
+from flax_mha._typing import Array, Extra, Precision
 
 
 def forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Mask,
-    scale: Array,
-    dropout: Dropout | None,
-    extra: Extra | None,
+    call: Call,
+    places: Places,
     *,
-    offsets: tuple[ArrayLike, ArrayLike],
-    max_lens: tuple[int, int],
-    same_lengths: bool,
     precision: Precision = None,
     whole: bool = False,
     dead_is_zero: bool = True,
@@ -51,12 +44,6 @@ def forward(
     """Attends within each element.
 
     Args:
-        query, key, value: (1, tokens, heads, dim).
-        mask: That of the padded arrays: its arrays are (#batch, #heads, #tgt, src),
-            `max_lens` long, and `extra` are its open columns.
-        offsets: Where the elements of queries begin, and those of keys.
-        max_lens: No element of queries is longer, and none of keys.
-        same_lengths: Queries and keys have the same offsets, capacity and max_len.
         whole: Blocks hold all heads, so that XLA can divide these among devices.
         dead_is_zero: A query whose element has keys, but none that it may attend to,
             gives 0, and not NaN.
@@ -66,85 +53,67 @@ def forward(
         (tokens, heads, 2), in terms as of all kernels; see `_kernels`. Zeros in the
         slack.
     """
-    call = _Call.of(
-        *(query, key, value, mask, scale, dropout, extra),
-        *(offsets, max_lens, same_lengths, whole),
-        is_backward=False,
-    )
-    rows, value_dim = call.query.shape[:2], call.value.shape[2]
-    out = jnp.zeros((*rows, value_dim), query.dtype)
+    work = _Work.of(call, places, whole, is_backward=False)
+    rows, value_dim, scale = work.query.shape[:2], work.value.shape[2], work.scale
+    out = jnp.zeros((*rows, value_dim), work.query.dtype)
     lse = jnp.zeros((*rows, 2), scale.dtype)
 
     def one_block(results, block):
-        q = block.rows.read(call.query)
+        q = block.rows.read(work.query)
         running = Running.start(q.shape[:2], value_dim, scale.dtype)
 
         def absorb(running, keys):
-            k, v = keys.read(call.key), keys.read(call.value)
-            logits = call.logits(q, k, block, keys, precision)
-            drop = functools.partial(call.dropped, block, keys)
+            k, v = keys.read(work.key), keys.read(work.value)
+            logits = work.logits(q, k, block, keys, precision)
+            drop = functools.partial(work.dropped, block, keys)
             return running.absorb(logits, v, drop, precision=precision)
 
-        running, terms = call.over_keys(absorb, running, block).finish(
+        running, terms = work.over_keys(absorb, running, block).finish(
             dead_is_zero=dead_is_zero or block.keys.length == 0
         )
         out, lse = results
         return block.rows.write(out, running.out), block.rows.write(lse, terms)
 
-    out, lse = call.over_blocks(one_block, (out, lse))
+    out, lse = work.over_blocks(one_block, (out, lse))
     return out[None], lse
 
 
 def backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Mask,
-    scale: Array,
-    dropout: Dropout | None,
-    extra: Extra | None,
+    call: Call,
+    places: Places,
     out: Array,
     lse: Array,
     d_out: Array,
     *,
-    offsets: tuple[ArrayLike, ArrayLike],
-    max_lens: tuple[int, int],
-    same_lengths: bool,
     precision: Precision = None,
     with_bias: bool = True,
     whole: bool = False,
-) -> tuple[Array, Array, Array, tuple[MaskArray, ...], Array, Extra | None]:
-    """Returns the gradients of query, key, value, float masks, scale and extra.
-
-    Recomputes the probabilities.
+) -> Gradients:
+    """Returns all gradients; recomputes the probabilities.
 
     Args:
         out, lse: What `forward` returned.
     """
-    call = _Call.of(
-        *(query, key, value, mask, scale, dropout, extra),
-        *(offsets, max_lens, same_lengths, whole),
-        is_backward=True,
-    )
-    biases = mask.attn_bias if with_bias else ()
+    work, scale = _Work.of(call, places, whole, is_backward=True), call.scale
+    biases = call.mask.attn_bias if with_bias else ()
     gradients = jax.tree.map(
         functools.partial(jnp.zeros_like, dtype=scale.dtype),
-        (call.query, call.key, call.value, biases),
+        (work.query, work.key, work.value, biases),
     )
 
     # A block reads rows of other elements too, whose probabilities must not be NaN.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
 
     def one_block(gradients, block):
-        q, o, d_o = (block.rows.read(x) for x in (call.query, out[0], d_out[0]))
+        q, o, d_o = (block.rows.read(x) for x in (work.query, out[0], d_out[0]))
         terms = block.rows.read_any(lse)
         rows = Rows(q, terms, d_o, None, delta_of(o, d_o, scale.dtype))
 
         def pull_back(carry, keys):
             d_q, d_key, d_value, d_biases = carry
-            k, v = keys.read(call.key), keys.read(call.value)
-            logits = call.logits(q, k, block, keys, precision)
-            drop = functools.partial(call.dropped, block, keys)
+            k, v = keys.read(work.key), keys.read(work.value)
+            logits = work.logits(q, k, block, keys, precision)
+            drop = functools.partial(work.dropped, block, keys)
             d_q_part, d_k, d_v, d_logits = rows.pull_back(
                 logits, k, v, drop, precision=precision
             )
@@ -158,30 +127,27 @@ def backward(
 
         d_query, *others = gradients
         carry = (jnp.zeros(q.shape, scale.dtype), *others)
-        d_q, *others = call.over_keys(pull_back, carry, block)
+        d_q, *others = work.over_keys(pull_back, carry, block)
         return block.rows.add(d_query, d_q), *others
 
-    d_query, d_key, d_value, d_biases = call.over_blocks(one_block, gradients)
+    d_query, d_key, d_value, d_biases = work.over_blocks(one_block, gradients)
     (d_extra_key, d_key), (d_extra_value, d_value) = (
-        jnp.split(x, [call.extra]) for x in (d_key * scale, d_value)
+        jnp.split(x, [work.extra]) for x in (d_key * scale, d_value)
     )
-    d_extra = None
-    if extra is not None:
-        d_extra = Extra(
-            d_extra_key.astype(key.dtype), d_extra_value.astype(value.dtype)
-        )
-    return (
-        (d_query * scale).astype(query.dtype)[None],
-        d_key.astype(key.dtype)[None],
-        d_value.astype(value.dtype)[None],
+    key_dtype, value_dtype = work.key.dtype, work.value.dtype
+    d_extra = Extra(d_extra_key.astype(key_dtype), d_extra_value.astype(value_dtype))
+    return Gradients(
+        (d_query * scale).astype(work.query.dtype)[None],
+        d_key.astype(key_dtype)[None],
+        d_value.astype(value_dtype)[None],
         tuple(d.astype(b.dtype) for d, b in zip(d_biases, biases, strict=True)),
-        jnp.sum(d_query * call.query.astype(scale.dtype)),
-        d_extra,
+        jnp.sum(d_query * work.query.astype(scale.dtype)),
+        None if call.extra is None else d_extra,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _Work:
     """What the blocks of one call share."""
 
     query: Array  # (tokens, heads, dim)
@@ -199,38 +165,26 @@ class _Call:
 
     @classmethod
     def of(
-        cls,
-        query: Array,
-        key: Array,
-        value: Array,
-        mask: Mask,
-        scale: Array,
-        dropout: Dropout | None,
-        extra: Extra | None,
-        offsets: tuple[ArrayLike, ArrayLike],
-        max_lens: tuple[int, int],
-        same_lengths: bool,
-        whole: bool,
-        *,
-        is_backward: bool,
-    ) -> "_Call":
-        queries, keys = map(Span.of, offsets)
-        query, *sources = query[0], key[0], value[0]
-        count = 0 if extra is None else extra.key.shape[0]
-        if extra is not None:
-            keys = keys._replace(start=keys.start + count)
-            sources = map(jnp.concatenate, zip(extra, sources, strict=True))
-        tokens, num_heads, _ = query.shape
+        cls, call: Call, places: Places, whole: bool, *, is_backward: bool
+    ) -> "_Work":
+        query, key, value, mask, scale, dropout, extra = call
+        queries, keys = map(Span.of, (places.query_offsets, places.key_offsets))
+        _, tokens, num_heads, _ = query.shape
         sizes = block_sizes(
-            *(tokens, max_lens[0], num_heads, key.shape[1]),
-            same_lengths=same_lengths,
+            *(tokens, places.max_lens[0], num_heads, key.shape[1]),
+            same_lengths=places.same_lengths,
             whole=whole,
             is_backward=is_backward,
         )
-        key, value = sources
+        key, value, count = key[0], value[0], 0
+        if extra is not None:
+            count = extra.key.shape[0]
+            keys = keys._replace(start=keys.start + count)
+            pairs = zip(extra, (key, value), strict=True)
+            key, value = map(jnp.concatenate, pairs)
         return cls(
-            *(query, key, value, count, mask, scale, dropout),
-            *(queries, keys, max_lens, same_lengths, sizes),
+            *(query[0], key, value, count, mask, scale, dropout),
+            *(queries, keys, places.max_lens, places.same_lengths, sizes),
         )
 
     def over_blocks(self, one_block: Callable, carry: Any) -> Any:

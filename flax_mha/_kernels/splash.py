@@ -7,22 +7,19 @@ allowed nothing; the padding, scaling and masking here is what makes up for that
 
 import functools
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_mha._dropout import Dropout
+from flax_mha._call import Call, Gradients
 from flax_mha._masks import Mask
 from flax_mha._typing import (
     Array,
-    KeyHeads,
-    MaskArray,
     OutHeads,
     Precision,
-    QueryHeads,
-    ValueHeads,
 )
 
 # Logits that a TPU keeps in its vector memory, by the compiler's own schedules.
@@ -45,18 +42,12 @@ def missing() -> str | None:
     return None
 
 
-def unsupported(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    *,
-    dropout: Dropout | None,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
+    query, key, value, mask, *_ = call
     head_dim = query.shape[3]
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, not {query.dtype}"
-    if dropout is not None:
+    if call.dropout is not None:
         return "it has no dropout"
     if mask.attn_bias:
         return "it takes no floating point mask"
@@ -72,43 +63,33 @@ def unsupported(
     return None
 
 
-def unwise(
-    query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
-) -> str | None:
-    batch, tgt_len, num_heads, _ = query.shape
-    mib = 4 * batch * num_heads * tgt_len * key.shape[1] / 2**20
+def unwise(call: Call) -> str | None:
+    mib = 4 * math.prod(call.logits) / 2**20
     if mib <= _SMALL_MIB:
         return f"the logits take {mib:.3g} MiB; XLA is faster up to {_SMALL_MIB}"
     return None
 
 
-def indivisible(
-    query: QueryHeads, key: KeyHeads, value: ValueHeads, mask: Mask
-) -> str | None:
+def indivisible(call: Call) -> str | None:
     return "XLA cannot divide it among devices; call it inside jax.shard_map"
 
 
 def forward(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    scale: Array,
-    dropout: None,
+    call: Call,
     *,
     precision: Precision = None,
     interpret: bool = False,
 ) -> tuple[OutHeads, Array]:
     """As that of all kernels; see `_kernels`. `interpret` runs it on any platform."""
-    call = _Call.prepare(query, key, value, mask, scale)
-    kernel = call.kernel(interpret, save_residuals=True)
+    work = _Work.of(call)
+    kernel = work.kernel(interpret, save_residuals=True)
     with jax.default_matmul_precision(_precision(precision)):
-        out, (lse,) = jax.vmap(kernel)(call.query, call.key, call.value, call.segments)
-    tgt_len = query.shape[1]
+        out, (lse,) = jax.vmap(kernel)(work.query, work.key, work.value, work.segments)
+    _, _, tgt_len, src_len = call.logits
     out = out[:, :, :tgt_len].swapaxes(1, 2)
     lse = lse[:, :, :tgt_len, None]
     first_term = jnp.zeros_like(lse)
-    dead = _dead_rows(mask, tgt_len, key.shape[1])
+    dead = _dead_rows(call.mask, tgt_len, src_len)
     if dead is not None:
         out = jnp.where(dead.swapaxes(1, 2), 0, out)
         first_term = jnp.where(dead, jnp.inf, first_term)
@@ -116,12 +97,7 @@ def forward(
 
 
 def backward(
-    query: QueryHeads,
-    key: KeyHeads,
-    value: ValueHeads,
-    mask: Mask,
-    scale: Array,
-    dropout: None,
+    call: Call,
     out: OutHeads,
     lse: Array,
     d_out: OutHeads,
@@ -129,15 +105,16 @@ def backward(
     precision: Precision = None,
     with_bias: bool = True,
     interpret: bool = False,
-) -> tuple[QueryHeads, KeyHeads, ValueHeads, tuple[MaskArray, ...], Array]:
+) -> Gradients:
     """As that of all kernels; see `_kernels`.
 
     The library's own derivative rule would run its forward pass again.
     """
-    call = _Call.prepare(query, key, value, mask, scale)
-    kernel = call.kernel(interpret, save_residuals=False)
-    out, d_out = (_heads_first(x, call.query.shape[2]) for x in (out, d_out))
-    lse = _pad(jnp.sum(lse, axis=-1), 2, call.query.shape[2])
+    query, key, _, mask, scale, *_ = call
+    work = _Work.of(call)
+    kernel = work.kernel(interpret, save_residuals=False)
+    out, d_out = (_heads_first(x, work.query.shape[2]) for x in (out, d_out))
+    lse = _pad(jnp.sum(lse, axis=-1), 2, work.query.shape[2])
 
     def one_sequence(query, key, value, segments, out, lse, d_out):
         masks = kernel.dq_mask_info, kernel.dkv_mask_info
@@ -149,7 +126,7 @@ def backward(
 
     with jax.default_matmul_precision(_precision(precision)):
         gradients = jax.vmap(one_sequence)(
-            call.query, call.key, call.value, call.segments, out, lse, d_out
+            work.query, work.key, work.value, work.segments, out, lse, d_out
         )
     d_query, d_key, d_value = (
         gradient[:, :, :length].swapaxes(1, 2)
@@ -161,10 +138,11 @@ def backward(
         d_key, d_value = (_roll(x, -mask.open_columns) for x in (d_key, d_value))
     d_scaled = d_query.astype(scale.dtype)
     d_scale = jnp.sum(d_scaled * query.astype(scale.dtype))
-    return (d_scaled * scale).astype(query.dtype), d_key, d_value, (), d_scale
+    d_query = (d_scaled * scale).astype(query.dtype)
+    return Gradients(d_query, d_key, d_value, (), d_scale)
 
 
-class _Call(NamedTuple):
+class _Work(NamedTuple):
     """The arguments as splash takes them: (batch, heads, length, dim), padded."""
 
     query: Array  # scaled
@@ -175,7 +153,8 @@ class _Call(NamedTuple):
     open_columns: int
 
     @classmethod
-    def prepare(cls, query, key, value, mask, scale) -> "_Call":
+    def of(cls, call: Call) -> "_Work":
+        query, key, value, mask, scale, *_ = call
         src_len = key.shape[1]
         valid = _valid_keys(mask, src_len)
         if mask.is_causal:
@@ -246,7 +225,7 @@ def _block(length: int, query: Array) -> int:
 
 
 def _valid_keys(mask: Mask, src_len: int) -> Array | None:
-    """Returns which keys are no padding, (#batch, src), in the order of `_Call`."""
+    """Returns which keys are no padding, (#batch, src), in the order of `_Work`."""
     parts = [*mask.allowed, *(~x for x in mask.blocked)]
     if not parts:
         return None

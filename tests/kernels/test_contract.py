@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
@@ -88,16 +89,8 @@ def results(name, query, key, value, mask, *, weights=None, dropout=None):
 
     def loss(query, key, value, attn_bias):
         parts = dataclasses.replace(mask, attn_bias=attn_bias)
-        out = dot_product_attention(
-            query,
-            key,
-            value,
-            parts,
-            scale=SCALE,
-            dropout=dropout,
-            weights=weights,
-            implementation=name,
-        )
+        call = Call(query, key, value, parts, SCALE, dropout)
+        out = dot_product_attention(call, weights=weights, implementation=name)
         out = tuple(x for x in out if x is not None)
         return sum(jnp.sum(x.astype("float64") * wave(x.shape)) for x in out), out
 
@@ -106,10 +99,8 @@ def results(name, query, key, value, mask, *, weights=None, dropout=None):
 
 
 def attended(name, query, key, value, mask, scale=SCALE):
-    out, _ = dot_product_attention(
-        query, key, value, mask, scale=scale, implementation=name
-    )
-    return out
+    call = Call(query, key, value, mask, scale)
+    return dot_product_attention(call, implementation=name)[0]
 
 
 def assert_close(actual, expected, tolerance):
@@ -184,9 +175,8 @@ def test_empty_axes_give_zeros(name, shape):
     query = jnp.ones((batch, tgt, HEADS, HEAD_DIM))
     key = jnp.ones((batch, src, HEADS, HEAD_DIM))
     for weights in ("heads", None):
-        out, found = dot_product_attention(
-            query, key, key, Mask(), scale=1, weights=weights, implementation=name
-        )
+        call = Call(query, key, key)
+        out, found = dot_product_attention(call, weights=weights, implementation=name)
         assert weights is None or found.shape == (batch, HEADS, tgt, src)
         np.testing.assert_array_equal(out, jnp.zeros_like(query))
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from flax_mha import MultiheadAttention, RaggedArray
+from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
-from flax_mha._masks import Mask
 from tests.kernels.test_cudnn import BATCH, MASKS, both_passes, inputs
 
 pytestmark = pytest.mark.cuda_compiler
@@ -113,7 +113,7 @@ def test_each_device_computes_its_part_inside_shard_map(h100):
 
     def step(*args):
         def part(query, key, value):
-            out, _ = dot_product_attention(query, key, value, Mask(), scale=0.1)
+            out, _ = dot_product_attention(Call(query, key, value, scale=0.1))
             return out
 
         mapped = jax.shard_map(part, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
@@ -133,7 +133,7 @@ def test_blockwise_runs_where_xla_divides_the_program(h100):
     x = jax.ShapeDtypeStruct((4, 512, 2, 64), jnp.bfloat16)
 
     def attend(*args):  # cross-attention to what all devices have
-        return dot_product_attention(*args, Mask(), scale=0.1)[0]
+        return dot_product_attention(Call(*args, scale=0.1))[0]
 
     hlo = compiled(attend, (x, x, x), (divided, whole, whole)).as_text()
     assert calls_of_cudnn(hlo) == []

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_mha._call import Call
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import _cudnn_calls, cudnn, reference
 from flax_mha._masks import Mask
@@ -191,7 +192,7 @@ def expected(query, key, value, mask, scale, d_out, dtype="float64"):
 
     def attend(query, key, value, attn_bias, scale):
         parts = dataclasses.replace(mask.map(wide), attn_bias=attn_bias)
-        return reference.attend(query, key, value, parts, scale=scale, dropout=None)
+        return reference.attend(Call(query, key, value, parts, scale))[0]
 
     args = (query, key, value, jax.tree.map(wide, mask.attn_bias), scale)
 
@@ -204,9 +205,9 @@ def expected(query, key, value, mask, scale, d_out, dtype="float64"):
 
 
 def both_passes(query, key, value, mask, scale, d_out):
-    out, lse = cudnn.forward(query, key, value, mask, scale, None)
-    args = (query, key, value, mask, scale, None, out, lse, d_out)
-    return out, lse, cudnn.backward(*args)
+    call = Call(query, key, value, mask, scale)
+    out, lse = cudnn.forward(call)
+    return out, lse, tuple(cudnn.backward(call, out, lse, d_out))[:-1]
 
 
 def results(*args):
@@ -263,7 +264,7 @@ def test_lse_is_the_log_of_each_rows_sum(mask_name):
     mask_of_all = mask.additive(*logits.shape[2:], jnp.float32)
     if mask_of_all is not None:
         logits = logits + mask_of_all
-    _, lse = cudnn.forward(query, key, value, mask, scale, None)
+    _, lse = cudnn.forward(Call(query, key, value, mask, scale))
     sums = jax.nn.logsumexp(logits, axis=-1)
     np.testing.assert_allclose(
         jnp.sum(lse, axis=-1), jnp.where(sums == -jnp.inf, jnp.inf, sums), rtol=1e-5
@@ -275,7 +276,7 @@ def test_the_lowest_finite_bias_is_not_minus_infinity():
     query, key, value, _, scale, _ = inputs("none", 8, 12, 8, "bfloat16")
     row = np.where(np.arange(12) % 3, -np.inf, np.finfo(np.float32).min)
     mask = Mask(attn_bias=(jnp.broadcast_to(jnp.float32(row), (1, 1, 8, 12)),))
-    out, _ = cudnn.forward(query, key, value, mask, scale, None)
+    out, _ = cudnn.forward(Call(query, key, value, mask, scale))
     mean = jnp.mean(value[:, ::3].astype("float32"), axis=1, keepdims=True)
     np.testing.assert_allclose(out.astype("float32") - mean, 0, atol=1e-2)
 
@@ -299,7 +300,7 @@ def test_no_mask_is_made_larger_than_it_must_be(
 ):
     query, key, value, mask, scale, _ = inputs(mask_name, 16, 12, 64, "bfloat16")
     jax.eval_shape(
-        lambda *args: cudnn.forward(*args, None), query, key, value, mask, scale
+        lambda *args: cudnn.forward(Call(*args)), query, key, value, mask, scale
     )
     (call,) = given
     assert (None if call["bias"] is None else call["bias"].shape) == bias
@@ -344,7 +345,7 @@ def test_unsupported_says_why():
     dropout = Dropout.from_rng(jax.random.key(0), 0.1)
 
     def reason(query=query, key=key, value=value, mask=Mask(), dropout=None):  # noqa: B008
-        return cudnn.unsupported(query, key, value, mask, dropout=dropout)
+        return cudnn.unsupported(Call(query, key, value, mask, dropout=dropout))
 
     assert reason() is None
     assert reason(*[query.astype("float16")] * 3) is None
@@ -390,7 +391,7 @@ def test_unsupported_says_why():
 def test_large_masks_are_left_to_others(shapes, head_dim, reason):
     query, key, value, *_ = inputs("none", 8, 12, head_dim, "bfloat16")
     mask = Mask(blocked=tuple(jnp.ones(shape, bool) for shape in shapes))
-    assert cudnn.unwise(query, key, value, mask) == reason
+    assert cudnn.unwise(Call(query, key, value, mask)) == reason
 
 
 @pytest.mark.parametrize("mask_value", [-1e9, float(np.finfo("float32").min)])
@@ -430,8 +431,9 @@ def test_the_gradient_of_a_mask_is_not_computed_for_nobody(monkeypatch):
 
     monkeypatch.setattr(_cudnn_calls, "_bind", bind)
     *args, d_out = inputs("float", 9, 12, 8, "float32")
-    out, lse = cudnn.forward(*args, None)
-    *_, d_bias, _ = cudnn.backward(*args, None, out, lse, d_out, with_bias=False)
+    call = Call(*args)
+    out, lse = cudnn.forward(call)
+    d_bias = cudnn.backward(call, out, lse, d_out, with_bias=False).attn_bias
     assert d_bias == () and wanted == [False, False]
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._layouts import Ragged
 from flax_mha._masks import Mask
@@ -52,9 +53,8 @@ def step(query, key, value, mask, implementation=None):
 
     def loss(query, key, value, attn_bias):
         parts = dataclasses.replace(mask, attn_bias=attn_bias)
-        out, _ = dot_product_attention(
-            query, key, value, parts, scale=SCALE, implementation=implementation
-        )
+        call = Call(query, key, value, parts, SCALE)
+        out, _ = dot_product_attention(call, implementation=implementation)
         return jnp.sum(out.astype("float32") * wave(out.shape)), out
 
     grad = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
@@ -100,12 +100,9 @@ def test_ragged_batches_are_close_to_the_definition(
 
     def step(values, offsets):
         def loss(values):
-            out, _ = dot_product_attention(
-                *values[:, None],
-                Mask(is_causal=is_causal),
-                scale=SCALE,
-                layout=Ragged(offsets, offsets, (max_len, max_len), same_lengths=True),
-            )
+            layout = Ragged(offsets, offsets, (max_len, max_len), same_lengths=True)
+            call = Call(*values[:, None], Mask(is_causal=is_causal), SCALE)
+            out, _ = dot_product_attention(call, layout=layout)
             return jnp.sum(out.astype("float32") * wave(out.shape)), out
 
         return jax.grad(loss, has_aux=True)(values)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_mha._call import Call
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import reference, splash
 from flax_mha._masks import Mask
@@ -43,7 +44,7 @@ def case(mask_name, tgt, src, head_dim, dtype):
 
 def definition(query, key, value, d_out, mask, scale):
     def attend(query, key, value, scale):
-        return reference.attend(query, key, value, mask, scale=scale, dropout=None)
+        return reference.attend(Call(query, key, value, mask, scale))[0]
 
     out, pull_back = jax.vjp(attend, query, key, value, scale)
     return out, *pull_back(d_out)
@@ -51,10 +52,10 @@ def definition(query, key, value, d_out, mask, scale):
 
 @jax.jit
 def ours(query, key, value, d_out, mask, scale):
-    args = (query, key, value, mask, scale, None)
-    out, lse = splash.forward(*args, interpret=True)
-    *gradients, d_bias, d_scale = splash.backward(
-        *args, out, lse, d_out, interpret=True
+    call = Call(query, key, value, mask, scale)
+    out, lse = splash.forward(call, interpret=True)
+    *gradients, d_bias, d_scale, _ = splash.backward(
+        call, out, lse, d_out, interpret=True
     )
     assert d_bias == ()
     return out, *gradients, d_scale
@@ -78,7 +79,7 @@ def ours(query, key, value, d_out, mask, scale):
 def test_output_and_gradients(mask_name, tgt, src, head_dim, dtype):
     assert splash.missing() is None
     *arrays, mask = case(mask_name, tgt, src, head_dim, dtype)
-    assert splash.unsupported(*arrays[:3], mask, dropout=None) is None
+    assert splash.unsupported(Call(*arrays[:3], mask)) is None
     scale = jnp.float32(head_dim**-0.5)
     wide = [x.astype("float64") for x in arrays]
     expected = definition(*wide, mask, scale.astype("float64"))
@@ -126,7 +127,7 @@ def test_many_blocks_of_keys_take_the_backward_pass_with_two_kernels(monkeypatch
 def test_reasons_from_shapes_and_dtypes(change, reason):
     shape = dict(mask_name="none", tgt=8, src=8, head_dim=16, dtype="float32") | change
     query, key, value, _, mask = case(**shape)
-    assert splash.unsupported(query, key, value, mask, dropout=None) == reason
+    assert splash.unsupported(Call(query, key, value, mask)) == reason
 
 
 @pytest.mark.parametrize(
@@ -141,13 +142,13 @@ def test_reasons_from_shapes_and_dtypes(change, reason):
 )
 def test_reasons_from_masks(mask, reason):
     query, key, value, _, _ = case("none", 8, 8, 16, "float32")
-    assert splash.unsupported(query, key, value, mask, dropout=None) == reason
+    assert splash.unsupported(Call(query, key, value, mask)) == reason
 
 
 def test_reason_from_dropout():
     query, key, value, _, mask = case("none", 8, 8, 16, "float32")
     dropout = Dropout.from_rng(jax.random.key(0), 0.1)
-    reason = splash.unsupported(query, key, value, mask, dropout=dropout)
+    reason = splash.unsupported(Call(query, key, value, mask, dropout=dropout))
     assert reason == "it has no dropout"
 
 

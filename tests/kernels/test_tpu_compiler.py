@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mha import MultiheadAttention, RaggedArray
+from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._masks import Mask
 
@@ -145,7 +146,7 @@ def test_a_program_divided_by_xla_has_no_kernel_and_no_communication(grad):
 
     def attend(q, k, v):
         mask = Mask(is_causal=True)
-        out, _ = dot_product_attention(q, k, v, mask, scale=0.1)
+        out, _ = dot_product_attention(Call(q, k, v, mask, 0.1))
         return out
 
     def loss(*args):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_mha
 from flax_mha import MultiheadAttention, RaggedArray, functional
+from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import _ragged_blocks, ragged
@@ -62,18 +63,17 @@ def masks(batch, tgt_len, src_len):
     return Mask(blocked=(blocked,), attn_bias=(bias, shared)).map(jnp.asarray)
 
 
-def results(implementation, q, k, v, mask=None, more=None, **options):
+def results(implementation, q, k, v, mask=None, more=None, dropout=None, **options):
     """Returns all gradients, and what is attended to."""
     mask = Mask() if mask is None else mask
     count = 0 if more is None else more.key.shape[0]
     mask = dataclasses.replace(mask, open_columns=count)
 
     def loss(q_values, k_values, v_values, attn_bias, more):
+        arrays = (values[None] for values in (q_values, k_values, v_values))
+        parts = dataclasses.replace(mask, attn_bias=attn_bias)
         out, weights = dot_product_attention(
-            *(values[None] for values in (q_values, k_values, v_values)),
-            dataclasses.replace(mask, attn_bias=attn_bias),
-            scale=0.3,
-            extra=more,
+            Call(*arrays, parts, 0.3, dropout, more),
             layout=Ragged.of(q, k),
             implementation=implementation,
             **options,
@@ -132,17 +132,11 @@ def test_blocks_of_all_heads_for_accelerators(same_lengths):
     k, v = (dataclasses.replace(x, offsets=q.offsets) for x in (k, v))
     mask = dataclasses.replace(masks(5, 128, 128), is_causal=True)
     (*want, d_more), (want_out,) = results("reference", q, k, v, mask)
-    arrays_of_one = (x.values[None] for x in (q, k, v))
-    args = *arrays_of_one, mask, jnp.asarray(0.3), None, None
-    options = dict(
-        offsets=(q.offsets, q.offsets),
-        max_lens=(q.max_len, q.max_len),
-        same_lengths=same_lengths,
-        whole=True,
-    )
-    out, lse = jax.jit(functools.partial(ragged.forward, **options))(*args)
-    pull_back = jax.jit(functools.partial(ragged.backward, **options))
-    *gradients, d_bias, _, d_extra = pull_back(*args, out, lse, wave(out.shape))
+    call = Call(*(x.values[None] for x in (q, k, v)), mask, jnp.asarray(0.3))
+    places = dataclasses.replace(Ragged.of(q, k), same_lengths=same_lengths)
+    out, lse = jax.jit(functools.partial(ragged.forward, whole=True))(call, places)
+    pull_back = jax.jit(functools.partial(ragged.backward, whole=True))
+    *gradients, d_bias, _, d_extra = pull_back(call, places, out, lse, wave(out.shape))
     got = [*(x[0] for x in gradients), d_bias]
     assert_close((out, got, d_extra), (want_out, want, d_more), 1e-11)
 
@@ -162,12 +156,9 @@ def test_gradients_can_be_differentiated_again():
 
     def penalty(values, implementation):
         def loss(values):
+            call = Call(*(x[None] for x in (values, k.values, v.values)), scale=0.3)
             out, _ = dot_product_attention(
-                *(x[None] for x in (values, k.values, v.values)),
-                Mask(),
-                scale=0.3,
-                layout=Ragged.of(q, k),
-                implementation=implementation,
+                call, layout=Ragged.of(q, k), implementation=implementation
             )
             return jnp.sum(jnp.sin(out))
 
