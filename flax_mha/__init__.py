@@ -8,3 +8,11 @@ from flax_mha._ragged.array import RaggedArray as RaggedArray
 from flax_mha.linen import MultiheadAttention as MultiheadAttention
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "nnx":  # which takes a while to import, and linen does not need
+        import importlib
+
+        return importlib.import_module("flax_mha.nnx")
+    raise AttributeError(f"module 'flax_mha' has no attribute {name!r}")

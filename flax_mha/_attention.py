@@ -5,9 +5,12 @@ of `_params`; the number of heads is one of their axes.
 """
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flax_mha import _dispatch, _sequences
 from flax_mha._call import Call
@@ -22,6 +25,7 @@ from flax_mha._typing import (
     Extra,
     Key,
     KeyHeads,
+    OutHeads,
     Params,
     Precision,
     Query,
@@ -53,6 +57,7 @@ def multi_head_attention(
     dtype: DType | None = None,
     precision: Precision = None,
     implementation: str | None = None,
+    out_proj: Callable[[OutHeads], Array] | None = None,
 ) -> tuple[Sequences, Array | None]:
     """Computes `torch.nn.MultiheadAttention.forward`; see `MultiheadAttention`.
 
@@ -61,6 +66,8 @@ def multi_head_attention(
         static_k, static_v: (batch * heads, src, head_dim), in place of the projected
             key and value.
         dtype: Of the computation; None promotes inputs and parameters together.
+        out_proj: The module that computes `project_out` of its own parameters: where
+            tools that replace products look for these. None: it is computed here.
     """
     wanted = _wanted_weights(need_weights, average_attn_weights)
     masks = TorchMasks(key_padding_mask, attn_mask, is_causal, need_weights)
@@ -85,9 +92,21 @@ def multi_head_attention(
         precision=precision,
         implementation=implementation,
     )
-    weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
-    out = _linear("bqhd,ehd->bqe", attended, weight, bias, precision)
-    return sequences.result(out, weights)
+    if out_proj is None:
+        weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
+        out = project_out(attended, weight, bias, precision)
+    else:
+        out = out_proj(attended)
+    return sequences.result(checkpoint_name(out, "out_proj"), weights)
+
+
+def project_out(
+    attended: OutHeads, weight: Array, bias: Array | None, precision: Precision
+) -> Array:
+    """Returns (batch, tgt, embed), in the dtype of what is attended to."""
+    weight = jnp.asarray(weight, attended.dtype)
+    bias = None if bias is None else jnp.asarray(bias, attended.dtype)
+    return _linear("bqhd,ehd->bqe", attended, weight, bias, precision)
 
 
 def _wanted_weights(need_weights: bool, average_attn_weights: bool) -> Weighting:
@@ -117,25 +136,57 @@ def _project(
     params: Params, query: Query, key: Key, value: Value, precision: Precision
 ) -> tuple[QueryHeads, KeyHeads, ValueHeads]:
     """Projects and splits into heads, with one product for what is one input."""
-    packed = "in_proj_weight" in params
-    if packed and query is key is value:
-        groups = [(query, slice(0, 3))]
-    elif packed and key is value:
-        groups = [(query, slice(0, 1)), (key, slice(1, 3))]
+    bias = params.get("in_proj_bias")
+    if "in_proj_weight" not in params:
+        projected = [
+            _linear(
+                "ble,hde->blhd",
+                x,
+                params[name],
+                None if bias is None else bias[n],
+                precision,
+            )
+            for n, (name, x) in enumerate(
+                zip(SEPARATE_WEIGHTS, (query, key, value), strict=True)
+            )
+        ]
     else:
-        groups = [(query, slice(0, 1)), (key, slice(1, 2)), (value, slice(2, 3))]
-
-    projected = []
-    for x, rows in groups:
-        if packed:
-            weight = params["in_proj_weight"][rows]
-        else:
-            weight = params[SEPARATE_WEIGHTS[rows.start]][None]
-        bias = params["in_proj_bias"][rows] if "in_proj_bias" in params else None
-        out = _linear("ble,chde->blchd", x, weight, bias, precision)
-        projected.extend(out[:, :, n] for n in range(out.shape[2]))
-    q, k, v = projected
+        projected = []
+        for x, rows in _groups(query, key, value):
+            out = _packed(x, rows, params["in_proj_weight"], bias, precision)
+            projected.extend(out[:, :, n] for n in range(out.shape[2]))
+    names = ("query_proj", "key_proj", "value_proj")
+    q, k, v = map(checkpoint_name, projected, names)
     return q, k, v
+
+
+def _groups(query: Query, key: Key, value: Value) -> list[tuple[Array, slice]]:
+    """Returns the inputs, and which of query, key and value each of them is."""
+    if query is key is value:
+        return [(query, slice(0, 3))]
+    if key is value:
+        return [(query, slice(0, 1)), (key, slice(1, 3))]
+    return [(query, slice(0, 1)), (key, slice(1, 2)), (value, slice(2, 3))]
+
+
+def _packed(
+    x: Array, rows: slice, weight: Array, bias: Array | None, precision: Precision
+) -> Array:
+    """Returns (batch, length, rows, heads, head_dim)."""
+    equation = "ble,chde->blchd"
+    if _is_quantized():
+        return _linear(equation, x, weight, bias, precision)[:, :, rows]
+    bias = None if bias is None else bias[rows]
+    return _linear(equation, x, weight[rows], bias, precision)
+
+
+def _is_quantized() -> bool:
+    """Whether Qwix replaces the products here. It knows weights only as a whole."""
+    if "qwix" not in sys.modules:
+        return False
+    from qwix import pallas  # pyright: ignore[reportMissingImports]
+
+    return pallas.get_current_rule("einsum") is not None
 
 
 def _linear(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from flax_mha._call import Call, Gradients
@@ -63,7 +64,7 @@ def dot_product_attention(
     if implementation == "reference":
         attend = functools.partial(_by_definition, weights, precision)
         out, _, found = layout.forward(attend, call)
-        return out, found
+        return checkpoint_name(out, "context"), found
     layer.no_explicit_sharding(query=call.query, key=call.key, value=call.value)
     plan = Plan.of(
         jax.eval_shape(layout.padded, call),
@@ -158,6 +159,8 @@ def _attend(plan, layout, call):
 def _attend_fwd(plan, *perturbed):
     layout, call = jax.tree.map(lambda primal: primal.value, perturbed)
     out, lse, weights = _forward(plan, layout, call)
+    # Inside of the rule: a policy that saves these saves what the rule keeps.
+    out, lse = checkpoint_name(out, "context"), checkpoint_name(lse, "lse")
     with_bias = any(bias.perturbed for bias in perturbed[1].mask.attn_bias)
     # What JAX keeps are arrays, and the tree that they are in: () or None.
     return (out, weights), (layout, call, out, lse, () if with_bias else None)

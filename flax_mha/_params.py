@@ -6,6 +6,8 @@ parameter's shape. Nothing is ever transposed, so converting is a view.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,61 @@ from flax.typing import Initializer
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
+# What the modules' `..._init` and `..._metadata` arguments are for.
+Kind = Literal["kernel", "bias", "bias_kv", "out_kernel", "out_bias"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """One parameter: how PyTorch shapes it, how we do, and how it starts."""
 
+    kind: Kind
     torch_shape: tuple[int, ...]
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # one logical name for each axis of `shape`
     init: Initializer
+
+
+def with_initializers(
+    table: dict[str, ParamSpec], inits: Mapping[Kind, Initializer | None]
+) -> dict[str, ParamSpec]:
+    """Returns the table with those that are not None in place of PyTorch's."""
+    drawn = {name: given(inits, spec.kind) for name, spec in table.items()}
+    return {
+        name: spec
+        if (init := drawn[name]) is None
+        else dataclasses.replace(spec, init=_drawn_by(init, spec))
+        for name, spec in table.items()
+    }
+
+
+def given(options: Mapping[Kind, Any], kind: Kind) -> Any:
+    """Returns what is given for a kind; for the out-projection, else for the others."""
+    own: Any = options.get(kind)
+    plain: Any = kind.removeprefix("out_")
+    return options.get(plain) if own is None else own
+
+
+def _drawn_by(init: Initializer, spec: ParamSpec) -> Initializer:
+    """Returns an initializer that draws a matrix as Flax's layers draw theirs.
+
+    That is (in_features, out_features), so that `init` finds the right fans.
+    """
+    if not spec.kind.endswith("kernel"):
+        return init
+
+    def drawn(rng, shape, dtype=jnp.float32, out_sharding=None):
+        matrix = init(rng, spec.torch_shape[::-1], dtype)
+        return _in_box(lambda x: x.T.reshape(shape), matrix)
+
+    return drawn
+
+
+def _in_box(function: Callable[[Any], Any], value: Any) -> Any:
+    """Applies to an array in a box of linen's, in nnx's, or in none."""
+    if hasattr(value, "raw_value"):  # nnx.VariableMetadata, which is no pytree
+        return dataclasses.replace(value, raw_value=function(value.raw_value))
+    return jax.tree.map(function, value)
 
 
 def uniform(bound: float) -> Initializer:
@@ -66,6 +114,7 @@ def parameter_table(
 
     def projection(features: int) -> ParamSpec:
         return ParamSpec(
+            kind="kernel",
             torch_shape=(embed_dim, features),
             shape=(*heads, features),
             axes=("heads", "head_dim", "embed"),
@@ -75,6 +124,7 @@ def parameter_table(
     table = {}
     if packed:
         table["in_proj_weight"] = ParamSpec(
+            kind="kernel",
             torch_shape=(3 * embed_dim, embed_dim),
             shape=(3, *heads, embed_dim),
             axes=("qkv", "heads", "head_dim", "embed"),
@@ -85,6 +135,7 @@ def parameter_table(
         table.update(zip(SEPARATE_WEIGHTS, map(projection, sources), strict=True))
     if bias:
         table["in_proj_bias"] = ParamSpec(
+            kind="bias",
             torch_shape=(3 * embed_dim,),
             shape=(3, *heads),
             axes=("qkv", "heads", "head_dim"),
@@ -93,6 +144,7 @@ def parameter_table(
     if add_bias_kv:
         for name in ("bias_k", "bias_v"):
             table[name] = ParamSpec(
+                kind="bias_kv",
                 torch_shape=(1, 1, embed_dim),
                 shape=heads,
                 axes=("heads", "head_dim"),
@@ -100,6 +152,7 @@ def parameter_table(
                 init=jax.nn.initializers.normal(embed_dim**-0.5),
             )
     table["out_proj.weight"] = ParamSpec(
+        kind="out_kernel",
         torch_shape=(embed_dim, embed_dim),
         shape=(embed_dim, *heads),
         axes=("embed", "heads", "head_dim"),
@@ -107,6 +160,7 @@ def parameter_table(
     )
     if bias:
         table["out_proj.bias"] = ParamSpec(
+            kind="out_bias",
             torch_shape=(embed_dim,),
             shape=(embed_dim,),
             axes=("embed",),

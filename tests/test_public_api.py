@@ -8,7 +8,7 @@ import flax_mha
 CHECK = """
 import sys
 {imports}
-heavy = {{"torch", "safetensors"}} & sys.modules.keys()
+heavy = {{"torch", "safetensors", "flax.nnx"}} & sys.modules.keys()
 assert not heavy, f"imported {{heavy}}"
 from jax._src import xla_bridge
 assert not xla_bridge._backends, "a device was started"
@@ -23,20 +23,25 @@ def run(imports):
     )
 
 
-def test_import_loads_no_torch_no_safetensors_and_starts_no_device():
+def test_import_loads_nothing_heavy_and_starts_no_device():
     assert run("import flax_mha").returncode == 0
 
 
 @pytest.mark.parametrize(
-    "imports", ["import safetensors", "import flax_mha, jax; jax.devices()"]
+    "imports",
+    [
+        "import safetensors",
+        "import flax_mha.nnx",
+        "import flax_mha, jax; jax.devices()",
+    ],
 )
 def test_that_the_test_above_can_fail(imports):
     assert "AssertionError" in run(imports).stderr
 
 
 def test_public_names():
-    names = {name for name in vars(flax_mha) if not name.startswith("_")}
-    assert names == {
+    names = {name for name in dir(flax_mha) if not name.startswith("_")}
+    assert names | {"nnx"} == {
         "Explanation",
         "MultiheadAttention",
         "RaggedArray",
@@ -44,7 +49,9 @@ def test_public_names():
         "explain",
         "functional",
         "linen",
+        "nnx",
     }
+    assert flax_mha.nnx.__all__ == ["MultiheadAttention"]
 
 
 @pytest.mark.parametrize("module", [flax_mha.functional, flax_mha.convert])
