@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from flax_mha import _dispatch, _sequences
@@ -106,7 +107,7 @@ def project_out(
     """Returns (batch, tgt, embed), in the dtype of what is attended to."""
     weight = jnp.asarray(weight, attended.dtype)
     bias = None if bias is None else jnp.asarray(bias, attended.dtype)
-    return _linear("bqhd,ehd->bqe", attended, weight, bias, precision)
+    return _linear(attended, weight, bias, precision, axes=2)
 
 
 def _wanted_weights(need_weights: bool, average_attn_weights: bool) -> Weighting:
@@ -140,7 +141,6 @@ def _project(
     if "in_proj_weight" not in params:
         projected = [
             _linear(
-                "ble,hde->blhd",
                 x,
                 params[name],
                 None if bias is None else bias[n],
@@ -173,11 +173,10 @@ def _packed(
     x: Array, rows: slice, weight: Array, bias: Array | None, precision: Precision
 ) -> Array:
     """Returns (batch, length, rows, heads, head_dim)."""
-    equation = "ble,chde->blchd"
     if _is_quantized():
-        return _linear(equation, x, weight, bias, precision)[:, :, rows]
+        return _linear(x, weight, bias, precision)[:, :, rows]
     bias = None if bias is None else bias[rows]
-    return _linear(equation, x, weight[rows], bias, precision)
+    return _linear(x, weight[rows], bias, precision)
 
 
 def _is_quantized() -> bool:
@@ -186,16 +185,20 @@ def _is_quantized() -> bool:
         return False
     from qwix import pallas  # pyright: ignore[reportMissingImports]
 
-    return pallas.get_current_rule("einsum") is not None
+    return pallas.get_current_rule("dot_general") is not None
 
 
 def _linear(
-    equation: str, x: Array, weight: Array, bias: Array | None, precision: Precision
+    x: Array, weight: Array, bias: Array | None, precision: Precision, axes: int = 1
 ) -> Array:
-    """Returns the product plus bias, rounded once to the dtype of the weight."""
+    """Returns the product over the last axes of both, plus bias.
+
+    It is rounded once, to the dtype of the weight.
+    """
     x, wide = jnp.asarray(x, weight.dtype), accumulation_dtype(weight.dtype)
-    out = jnp.einsum(
-        equation, x, weight, precision=precision, preferred_element_type=wide
+    over = range(x.ndim - axes, x.ndim), range(weight.ndim - axes, weight.ndim)
+    out = lax.dot_general(
+        x, weight, (over, ((), ())), precision=precision, preferred_element_type=wide
     )
     if bias is not None:
         out = out + bias.astype(wide)[None, None]

@@ -9,7 +9,7 @@ KERNELS = ["blockwise", "cudnn", "ragged", "reference", "splash"]
 LAYERS = [
     ["_typing", "_mesh", "_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
-    ["_call"],
+    ["_call", "training"],
     ["_checks.layer", "_checks.functional", "_checks"],
     ["_ragged.checks"],
     ["_ragged.call_checks", "_ragged.tokens"],
