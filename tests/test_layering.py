@@ -7,7 +7,8 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 KERNELS = ["blockwise", "cudnn", "ragged", "reference", "splash"]
 LAYERS = [
-    ["_typing", "_mesh", "_lowering"],
+    ["_typing", "_mesh"],
+    ["_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
     ["_call"],
     ["_checks.layer", "_checks.functional", "_checks"],

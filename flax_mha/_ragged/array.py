@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -324,6 +325,14 @@ class RaggedArray:
             f"RaggedArray({elements}, features={self.values.shape[1:]}, "
             f"{self.dtype}, capacity={self.capacity}, max_len={self.max_len})"
         )
+
+
+jax.export.register_pytree_node_serialization(
+    RaggedArray,
+    serialized_name="flax_mha.RaggedArray",
+    serialize_auxdata=lambda max_len: str(max_len).encode(),
+    deserialize_auxdata=lambda text: int(text),
+)
 
 
 def _briefly(value: Any) -> str:
