@@ -5,7 +5,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 LAYERS = [
-    ["_typing"],
+    ["_typing", "_lazy"],
     ["_dropout", "_masks", "_checks", "_params"],
     ["_ragged_checks"],
     ["_ragged", "_blocks", "_softmax", "_cudnn_calls", "_lowering"],

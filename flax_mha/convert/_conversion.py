@@ -12,7 +12,7 @@ from flax.core import meta
 from flax.traverse_util import unflatten_dict
 
 from flax_mha.convert import _strict
-from flax_mha.convert._arrays import as_numpy, specs
+from flax_mha.convert._arrays import Spec, as_numpy, specs
 
 Axes = tuple[str | None, ...]
 Place = Callable[[str, Axes, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
@@ -129,7 +129,7 @@ class Conversion:
                 listed.
         """
         wanted = {
-            key: jax.ShapeDtypeStruct(entry.torch_shape, entry.dtype)
+            key: Spec(entry.torch_shape, entry.dtype)
             for entry in self.entries
             for key in entry.keys
         }
@@ -236,10 +236,10 @@ class _StateDict(Mapping):
         self._flat = flat
 
     @property
-    def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def specs(self) -> dict[str, Spec]:
         """What `_arrays.specs` would otherwise make every tensor for."""
         return {
-            key: jax.ShapeDtypeStruct(entry.torch_shape, self._flat[entry.path].dtype)
+            key: Spec(entry.torch_shape, self._flat[entry.path].dtype)
             for key, entry in self._entries.items()
         }
 

@@ -3,7 +3,6 @@
 import json
 import os
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -84,7 +83,7 @@ def test_opening_reads_no_tensor_and_reading_reads_one(tmp_path):
     path.write_bytes(packed(header))
     os.truncate(path, path.stat().st_size + size + 2)
     state_dict = read_state_dict(path)
-    assert state_dict.specs["huge"] == jax.ShapeDtypeStruct((size,), np.uint8)
+    assert str(state_dict.specs["huge"]) == f"uint8[{size}]"
     assert "huge" in state_dict and "other" not in state_dict
     np.testing.assert_array_equal(state_dict["small"], [0, 0])
 

@@ -4,10 +4,9 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
-from flax_mha.convert._arrays import LazyArray, few
+from flax_mha.convert._arrays import LazyArray, few, is_floating
 
 _PARAMETRIZED = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)")
 # torch.nn.utils' older functions. Only names of weights: RWKV has a time_mix_g, and a
@@ -113,7 +112,7 @@ def _weight(name: str, norm: LazyArray, direction: LazyArray) -> LazyArray:
         )
         and len(long_axes) <= 1
     )
-    if not is_norm or not jnp.issubdtype(direction.dtype, jnp.floating):
+    if not is_norm or not is_floating(direction.dtype):
         raise ValueError(
             f"{name} must be stored as a weight norm and a direction, got "
             f"{norm.dtype}{list(norm.shape)} and "

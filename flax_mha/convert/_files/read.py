@@ -7,10 +7,9 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from flax_mha.convert._arrays import LazyArray, few
+from flax_mha.convert._arrays import LazyArray, Spec, few
 from flax_mha.convert._files import distributed, peel, pickles, safetensors
 from flax_mha.convert._files.folders import (
     ORBAX,
@@ -30,7 +29,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     Attributes:
         path: Of the file or folder.
-        specs: Name to `jax.ShapeDtypeStruct`, in the checkpoint's order.
+        specs: Name to what has its `shape` and `dtype`, in the checkpoint's order.
         notes: One sentence for each thing that was peeled, folded or left out.
 
     Raises:
@@ -42,11 +41,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     ):
         self.path = path
         self.notes = tuple(notes)
-        self.specs = types.MappingProxyType(
-            {
-                name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-                for name, array in arrays.items()
-            }
+        self.specs: Mapping[str, Spec] = types.MappingProxyType(
+            {name: Spec(array.shape, array.dtype) for name, array in arrays.items()}
         )
         self._arrays = arrays
 
