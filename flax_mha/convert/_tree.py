@@ -6,7 +6,7 @@ from typing import Any
 
 from flax_mha._params import parameter_table
 from flax_mha.convert import _strict
-from flax_mha.convert._arrays import Spec, few, numpy_dtype, specs
+from flax_mha.convert._arrays import Spec, check_computable, few, numpy_dtype, specs
 from flax_mha.convert._conversion import (
     Conversion,
     ConvertedLayer,
@@ -170,6 +170,7 @@ def _tensors(
     ignored = first_matches(ignore, below, "ignore")
     known = specs(state_dict)
     kept = {name: known[name] for name in below if name not in ignored}
+    check_computable(kept)
     return kept, tuple(ignored)
 
 
