@@ -48,8 +48,6 @@ class RaggedArray:
     (2, 8, 8)
     """
 
-    __module__ = "flax_mha"  # where users find it
-
     values: Array
     offsets: ArrayLike
     max_len: int = None  # pyright: ignore[reportAssignmentType]
