@@ -18,7 +18,7 @@ from tests.kernels.test_contract import assert_close
 
 HEADS, DIM = 2, 4
 LENGTHS = [5, 0, 7]
-OFFSETS = np.cumsum([0, *LENGTHS])
+OFFSETS = np.cumsum([0, *LENGTHS], dtype="int32")
 
 
 def draw(*shape, seed=0):
