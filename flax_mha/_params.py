@@ -1,17 +1,18 @@
 """The parameter table: PyTorch's names and bytes, reshaped so that heads are an axis.
 
 The modules, the converter and the sharding rules read this table; nobody else knows a
-parameter's shape. Nothing is ever transposed, so converting is a view.
+parameter's shape. Nothing is ever transposed, so converting is a view. JAX is imported
+where a parameter is made: who only looks into a file needs none.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import jax
-import jax.numpy as jnp
-from flax.typing import Initializer
+import numpy as np
+
+if TYPE_CHECKING:
+    from flax.typing import Initializer
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -27,53 +28,13 @@ class ParamSpec:
     torch_shape: tuple[int, ...]
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # one logical name for each axis of `shape`
-    init: Initializer
+    init: "Initializer"
 
 
-def with_initializers(
-    table: dict[str, ParamSpec], inits: Mapping[Kind, Initializer | None]
-) -> dict[str, ParamSpec]:
-    """Returns the table with those that are not None in place of PyTorch's."""
-    drawn = {name: given(inits, spec.kind) for name, spec in table.items()}
-    return {
-        name: spec
-        if (init := drawn[name]) is None
-        else dataclasses.replace(spec, init=_drawn_by(init, spec))
-        for name, spec in table.items()
-    }
+def uniform(bound: float) -> "Initializer":
+    def init(rng, shape, dtype=np.float32, out_sharding=None):
+        import jax
 
-
-def given(options: Mapping[Kind, Any], kind: Kind) -> Any:
-    """Returns what is given for a kind; for the out-projection, else for the others."""
-    own: Any = options.get(kind)
-    plain: Any = kind.removeprefix("out_")
-    return options.get(plain) if own is None else own
-
-
-def _drawn_by(init: Initializer, spec: ParamSpec) -> Initializer:
-    """Returns an initializer that draws a matrix as Flax's layers draw theirs.
-
-    That is (in_features, out_features), so that `init` finds the right fans.
-    """
-    if not spec.kind.endswith("kernel"):
-        return init
-
-    def drawn(rng, shape, dtype=jnp.float32, out_sharding=None):
-        matrix = init(rng, spec.torch_shape[::-1], dtype)
-        return _in_box(lambda x: x.T.reshape(shape), matrix)
-
-    return drawn
-
-
-def _in_box(function: Callable[[Any], Any], value: Any) -> Any:
-    """Applies to an array in a box of linen's, in nnx's, or in none."""
-    if hasattr(value, "raw_value"):  # nnx.VariableMetadata, which is no pytree
-        return dataclasses.replace(value, raw_value=function(value.raw_value))
-    return jax.tree.map(function, value)
-
-
-def uniform(bound: float) -> Initializer:
-    def init(rng, shape, dtype=jnp.float32, out_sharding=None):
         return jax.random.uniform(
             rng, shape, dtype, -bound, bound, out_sharding=out_sharding
         )
@@ -81,7 +42,22 @@ def uniform(bound: float) -> Initializer:
     return init
 
 
-def xavier_uniform(rows: int, columns: int) -> Initializer:
+def zeros(rng, shape, dtype=np.float32, out_sharding=None):
+    import jax
+
+    return jax.nn.initializers.zeros(rng, shape, dtype, out_sharding)
+
+
+def normal(deviation: float) -> "Initializer":
+    def init(rng, shape, dtype=np.float32, out_sharding=None):
+        import jax
+
+        return jax.nn.initializers.normal(deviation)(rng, shape, dtype, out_sharding)
+
+    return init
+
+
+def xavier_uniform(rows: int, columns: int) -> "Initializer":
     """Glorot and Bengio's uniform initialiser for PyTorch's (rows, columns) matrix.
 
     The fans are those of the matrix as PyTorch stores it: the packed (3E, E) matrix
@@ -139,7 +115,7 @@ def parameter_table(
             torch_shape=(3 * embed_dim,),
             shape=(3, *heads),
             axes=("qkv", "heads", "head_dim"),
-            init=jax.nn.initializers.zeros,
+            init=zeros,
         )
     if add_bias_kv:
         for name in ("bias_k", "bias_v"):
@@ -149,7 +125,7 @@ def parameter_table(
                 shape=heads,
                 axes=("heads", "head_dim"),
                 # torch.nn.init.xavier_normal_ of a (1, 1, E) tensor: both fans are E.
-                init=jax.nn.initializers.normal(embed_dim**-0.5),
+                init=normal(embed_dim**-0.5),
             )
     table["out_proj.weight"] = ParamSpec(
         kind="out_kernel",
@@ -164,6 +140,6 @@ def parameter_table(
             torch_shape=(embed_dim,),
             shape=(embed_dim,),
             axes=("embed",),
-            init=jax.nn.initializers.zeros,
+            init=zeros,
         )
     return table

@@ -13,7 +13,8 @@ from flax_mha._attention import multi_head_attention, project_out
 from flax_mha._checks import arguments, layer
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
-from flax_mha._params import Kind, ParamSpec, parameter_table, with_initializers
+from flax_mha._initializers import with_initializers
+from flax_mha._params import Kind, ParamSpec, parameter_table
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
 

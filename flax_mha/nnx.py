@@ -14,14 +14,9 @@ from flax_mha._attention import multi_head_attention, project_out
 from flax_mha._checks import layer
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
+from flax_mha._initializers import given, with_initializers
 from flax_mha._mesh import place_by_names
-from flax_mha._params import (
-    Kind,
-    ParamSpec,
-    given,
-    parameter_table,
-    with_initializers,
-)
+from flax_mha._params import Kind, ParamSpec, parameter_table
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
 __all__ = ["MultiheadAttention"]

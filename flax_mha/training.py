@@ -39,7 +39,12 @@ def to_torch_shapes(tree: Any) -> Any:
 
 
 def from_torch_shapes(tree: Any, like: Any) -> Any:
-    """Returns the tree in the shapes of `like`; undoes `to_torch_shapes`."""
+    """Returns the tree in the shapes of `like`; undoes `to_torch_shapes`.
+
+    Args:
+        tree: Of arrays.
+        like: Of the same structure; only shapes are read.
+    """
     return jax.tree.map(lambda x, same: x.reshape(same.shape), tree, like)
 
 
@@ -51,6 +56,9 @@ def in_torch_shapes(
     Its updates are those that PyTorch's layout gets, also with `optax.adafactor`,
     `optax.sm3` and a mask by rank. Its state is in PyTorch's shapes, where heads are no
     axis of their own: divided over heads, use `muon_dimension_numbers` instead.
+
+    Args:
+        optimizer: Optax's, or like it.
 
     >>> import optax
     >>> mha = MultiheadAttention(embed_dim=256, num_heads=2)
@@ -80,8 +88,10 @@ def decay_mask(params: Any) -> Any:
     """Returns True for what has two axes or more in PyTorch: the usual weight decay.
 
     So for weights, and not for `in_proj_bias`; `bias_k` and `bias_v` are (1, 1,
-    embed_dim) there, and decay. What is no attention layer's goes by its own rank. For
-    `mask` of `optax.adamw`, which also takes the function itself.
+    embed_dim) there, and decay. What is no attention layer's goes by its own rank.
+
+    Args:
+        params: A tree of arrays; the function itself can be `mask` of `optax.adamw`.
     """
     return _map(params, lambda x, spec: _torch_rank(x, spec) > 1)
 
@@ -89,10 +99,13 @@ def decay_mask(params: Any) -> Any:
 def muon_dimension_numbers(params: Any) -> Any:
     """Returns which axes are a matrix's, for `optax.contrib.muon`.
 
-    For its `muon_weight_dimension_numbers`, which also takes the function itself. Each
-    matrix of PyTorch's is one, with its rows for outputs: the packed `in_proj_weight`
-    is one, too. All else that has two axes is (inputs, outputs), a kernel as in Flax,
-    and what has another number gets None, and so Adam.
+    Each matrix of PyTorch's is one, with its rows for outputs: the packed
+    `in_proj_weight` is one, too. All else that has two axes is (inputs, outputs), a
+    kernel as in Flax, and what has another number gets None, and so Adam.
+
+    Args:
+        params: A tree of arrays; the function itself can be given as
+            `muon_weight_dimension_numbers`.
     """
     from optax.contrib import MuonDimensionNumbers
 

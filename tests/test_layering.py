@@ -7,9 +7,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 KERNELS = ["blockwise", "cudnn", "ragged", "reference", "splash"]
 LAYERS = [
-    ["_typing", "_mesh", "_lowering"],
+    ["_typing", "_mesh", "_lazy"],
+    ["_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
-    ["_call", "training"],
+    ["_call", "_initializers", "training"],
     ["_checks.layer", "_checks.functional", "_checks"],
     ["_ragged.checks"],
     ["_ragged.call_checks", "_ragged.tokens"],
@@ -28,7 +29,10 @@ LAYERS = [
     ["linen", "nnx", "functional"],
     ["convert._arrays", "convert._model"],
     ["convert._strict", "convert._rules", "convert._files.folders"],
-    ["convert._files.fold", "convert._files.safetensors"],
+    ["convert._files.source", "convert._files.unpickle"],
+    ["convert._files.safetensors", "convert._files.tensors"],
+    ["convert._files.fold", "convert._files.numpy_arrays", "convert._files.quantized"],
+    ["convert._files.nested", "convert._files.archives"],
     ["convert._find", "convert._names", "convert._files.peel"],
     ["convert._conversion", "convert._heads", "convert._kinds"],
     ["convert._files.pickles"],

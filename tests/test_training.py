@@ -90,11 +90,9 @@ def test_muon_gets_torchs_matrices_with_rows_for_outputs(params, grads):
     muon = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=rows_out)
     want = two_updates(muon, by_hand(params), by_hand(grads))
     assert_same(by_hand(got), want, rtol=1e-4)
-    for name in ("in_proj_weight", "out_proj"):  # matrices of almost equal directions
-        matrix = training.to_torch_shapes(got)["self"][name]
-        matrix = matrix["weight"] if name == "out_proj" else matrix
-        sizes = np.linalg.svd(matrix, compute_uv=False)
-        assert sizes.min() > 0.3 * sizes.max()
+    # Almost all directions of a matrix are moved alike, the packed one's too.
+    sizes = np.linalg.svd(by_hand(got)["self"]["in_proj_weight"], compute_uv=False)
+    assert np.median(sizes) > 0.7 * sizes.max()
 
 
 def test_decay_mask_is_torchs_ranks(params):

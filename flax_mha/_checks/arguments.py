@@ -105,6 +105,7 @@ def describe(value: Any) -> str:
         return f"an array of shape {value.shape}"
     if value is None or isinstance(value, str | numbers.Number):
         return repr(value)
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix(
-        "builtins."
-    )
+    module = type(value).__module__
+    if module.startswith("flax_mha."):  # where users find it
+        module = "flax_mha"
+    return f"{module}.{type(value).__qualname__}".removeprefix("builtins.")
