@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -81,7 +82,7 @@ def multi_head_attention(
     )
     tokens = sequences.tokens()
     dtype = dtype or jnp.result_type(*tokens, *params.values())
-    params = {name: jnp.asarray(param, dtype) for name, param in params.items()}
+    params = {name: _cast(param, dtype) for name, param in params.items()}
     q, k, v = _project(params, *tokens, precision)
     k, v = _or_static(k, static_k), _or_static(v, static_v)
     extra = _extra_columns(params, add_zero_attn)
@@ -105,8 +106,8 @@ def project_out(
     attended: OutHeads, weight: Array, bias: Array | None, precision: Precision
 ) -> Array:
     """Returns (batch, tgt, embed), in the dtype of what is attended to."""
-    weight = jnp.asarray(weight, attended.dtype)
-    bias = None if bias is None else jnp.asarray(bias, attended.dtype)
+    weight = _cast(weight, attended.dtype)
+    bias = None if bias is None else _cast(bias, attended.dtype)
     return _linear(attended, weight, bias, precision, axes=2)
 
 
@@ -177,6 +178,12 @@ def _packed(
         return _linear(x, weight, bias, precision)[:, :, rows]
     bias = None if bias is None else bias[rows]
     return _linear(x, weight[rows], bias, precision)
+
+
+def _cast(param: Any, dtype: DType) -> Any:
+    # The same object where it can be: so tools know that it is a parameter.
+    same = param.dtype == dtype and not isinstance(param, np.ndarray)
+    return param if same else jnp.asarray(param, dtype)
 
 
 def _is_quantized() -> bool:
