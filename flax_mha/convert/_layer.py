@@ -13,7 +13,7 @@ from flax_mha._module import MultiheadAttention
 from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
 from flax_mha.convert import _strict
 from flax_mha.convert._arrays import as_numpy, few
-from flax_mha.convert._find import OTHER_KINDS
+from flax_mha.convert._families import OTHER_KINDS
 from flax_mha.convert._rules import dotted, names_below
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_mha.convert._arrays import as_numpy
+from flax_mha.convert._arrays import as_numpy, few
 from flax_mha.convert._conversion import Conversion
 from flax_mha.convert._files import safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
@@ -73,18 +73,26 @@ def save_params(
     Raises:
         FileExistsError: `path` exists, and may not be replaced.
         TypeError: A leaf is not an array.
-        ValueError: A name has a "/" in it, or the conversion is of other parameters.
+        ValueError: A name has a "/" in it, or the conversion is of other parameters, or
+            an array for Orbax is empty.
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
     flat = _flat(params)
     if conversion is not None:
-        conversion.state_dict(params)  # which only its own parameters have
+        # Which only its own parameters have, trained or not.
+        conversion.state_dict(params, all_biases=True)
     text = None if conversion is None else conversion.to_json()
     if path.suffix == ".safetensors":
         named = {"/".join(names): leaf for names, leaf in flat.items()}
         _write_file(path, named, {OURS: text or "null"}, overwrite)
         return
+    empty = ["/".join(names) for names, leaf in flat.items() if 0 in np.shape(leaf)]
+    if empty:
+        raise ValueError(
+            f"params must have elements, as Orbax writes no empty arrays, got none in "
+            f"{few(empty)}: let path end in .safetensors, or leave them out."
+        )
     if path.exists() and not (path / ORBAX).exists():
         raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
     with _replacing(path, overwrite) as new:
@@ -143,7 +151,7 @@ def _conversion(
         return None
     try:
         conversion = Conversion.from_json(text)
-        conversion.state_dict(params)
+        conversion.state_dict(params, all_biases=True)
     except ValueError as error:
         raise ValueError(
             f"{str(path)!r} has no conversion of its parameters: {error}"

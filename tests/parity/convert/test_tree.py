@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -193,44 +194,80 @@ def changed(make, **changes):
     return {name: array for name, array in state_dict.items() if array is not None}
 
 
+NOT = "which MultiheadAttention has not"
+NO_OUTPUT = (
+    "no {}.weight for the output: rename the layer that it is, in the state_dict, if "
+    "there is one"
+)
 LOOK_ALIKES = {
     "audiocraft_fewer_rows": (
         changed(Torch, in_proj_weight=torch.ones(10, 6)),
-        "misshapen: in_proj_weight (10, 6), wanted (18, 6)",
+        "in_proj_weight (10, 6), wanted (18, 6): fewer heads of keys and values "
+        "(grouped queries), or heads of another size",
     ),
-    "whisper_without_k_bias": (
-        changed(Linears, k_proj__bias=None),
-        "missing: k_proj.bias (6,)",
-    ),
-    "timm_without_qkv_bias": (changed(Timm, qkv__bias=None), "missing: qkv.bias (18,)"),
     "normed_queries": (
         changed(Timm, q_norm__weight=torch.ones(2)),
-        "unexpected: q_norm.weight (2,)",
+        f"q_norm.weight: norms of queries and keys, {NOT}",
     ),
     "swin": (
-        changed(Timm, relative_position_bias_table=torch.ones(9, 3)),
-        "unexpected: relative_position_bias_table (9, 3)",
+        changed(
+            Timm,
+            relative_position_bias_table=torch.ones(9, 3),
+            relative_position_index=torch.ones(4, 4, dtype=torch.int64),
+        ),
+        "relative_position_bias_table, relative_position_index: a bias by position, "
+        "which MultiheadAttention has only as an attn_mask",
+    ),
+    "lora": (
+        changed(Timm, qkv__lora_A__weight=torch.ones(2, 6)),
+        "qkv.lora_A.weight: LoRA that is not merged: merge_and_unload() in peft, and "
+        "save again",
+    ),
+    "gated": (
+        changed(Timm, gate__weight=torch.ones(6, 6)),
+        f"gate.weight: a gate, {NOT}",
+    ),
+    "inner_norm": (
+        changed(Linears, ln__weight=torch.ones(6), ln__bias=torch.ones(6)),
+        f"ln.weight, ln.bias: a norm inside of the layer, {NOT}",
+    ),
+    "esm2": (
+        changed(Linears, rot_emb__inv_freq=torch.ones(1)),
+        f"rot_emb.inv_freq: rotary positions, {NOT}",
+    ),
+    "unknown": (
+        changed(Torch, extra=torch.ones(1)),
+        "unexpected: extra (1,)",
     ),
     "grouped_queries": (
-        changed(Linears, k_proj__weight=torch.ones(2, 6), k_proj__bias=torch.ones(2)),
-        "misshapen: k_proj.weight (2, 6), wanted (6, 6); k_proj.bias (2,), wanted (6,)",
+        changed(
+            Linears,
+            k_proj__weight=torch.ones(2, 6),
+            k_proj__bias=torch.ones(2),
+            v_proj__weight=torch.ones(2, 6),
+            v_proj__bias=torch.ones(2),
+        ),
+        "6 rows of queries, 2 of keys and values: fewer heads of these (grouped "
+        "queries); repeat the rows of each of their heads to convert it",
     ),
-    "llama": (
+    "wide_heads": (
         changed(
             lambda: Linears(bias=False),
-            out_proj__weight=None,
-            o_proj__weight=torch.ones(6, 6),
+            **{f"{n}_proj__weight": torch.ones(12, 6) for n in "qkv"},
         ),
-        "missing: out_proj.weight (6, 6); unexpected: o_proj.weight (6, 6)",
+        "heads of 12 features together, wanted 6: MultiheadAttention's have as many as "
+        "its input",
     ),
     "separate_but_all_square": (
         changed(lambda: Torch(kdim=4), k_proj_weight=torch.ones(6, 6)),
-        "missing: in_proj_weight (18, 6); unexpected: q_proj_weight (6, 6); "
-        "k_proj_weight (6, 6); v_proj_weight (6, 6)",
+        "q_proj_weight, k_proj_weight, v_proj_weight: three projections of one shape "
+        "are packed in PyTorch: another layer; concatenate their rows to "
+        "in_proj_weight if it computes the same",
     ),
     "weight_norm": (
         changed(Torch, in_proj_weight=None, in_proj_weight_g=torch.ones(18, 1)),
-        "missing: in_proj_weight (18, 6); unexpected: in_proj_weight_g (18, 1)",
+        "in_proj_weight_g: a parametrization: remove it in PyTorch first, with "
+        "leave_parametrized=True",
     ),
     "integers": (
         changed(Torch, in_proj_weight=torch.ones(18, 6, dtype=torch.int8)),
@@ -241,24 +278,41 @@ LOOK_ALIKES = {
         "of other dtypes: q_proj.bias float32; k_proj.bias float16; "
         "v_proj.bias float32",
     ),
-    "no_matrix": ({"in_proj_bias": torch.ones(18)}, "no weight tells its embed_dim"),
+    "no_matrix": (
+        {"in_proj_bias": torch.ones(18)},
+        "no weight, or an empty one, tells embed_dim",
+    ),
     "empty": (
         changed(Torch, in_proj_weight=torch.ones(0, 0), out_proj__weight=None),
-        "no weight tells its embed_dim",
+        "no weight, or an empty one, tells embed_dim",
     ),
-    "flash_attn": (
-        {"Wqkv.weight": torch.ones(18, 6)},
-        "Wqkv.weight belongs to flash-attn's MHA",
+    "modernbert": (
+        {"Wqkv.weight": torch.ones(18, 6), "Wo.weight": torch.ones(6, 6)},
+        NO_OUTPUT.format("out_proj"),
     ),
-    "gpt2": (
-        {"c_attn.weight": torch.ones(6, 18), "c_proj.weight": torch.ones(6, 6)},
-        "c_attn.weight belongs to GPT-2's attention (some store its weights "
-        "transposed)",
+    "gpt2_cross_attention": (
+        {
+            "c_attn.weight": torch.ones(6, 12),
+            "q_attn.weight": torch.ones(6, 6),
+            "c_proj.weight": torch.ones(6, 6),
+        },
+        "q_attn.weight: more projections than MultiheadAttention has; c_attn.weight "
+        "(6, 12), wanted (6, 18): fewer heads of keys and values (grouped queries), or "
+        "heads of another size",
     ),
-    "bert": (
+    "query_key_value": (
         {f"{name}.weight": torch.ones(6, 6) for name in ("query", "key", "value")},
-        "query.weight belongs to an attention as BERT's, whose output layer is "
-        "elsewhere",
+        NO_OUTPUT.format("out"),
+    ),
+    "alphafold": (
+        {f"{name}_linear.weight": torch.ones(6, 6) for name in "qkv"}
+        | {"gating.weight": torch.ones(6, 6), "gating.bias": torch.ones(6)},
+        f"gating.weight, gating.bias: a gate, {NOT}; " + NO_OUTPUT.format("out"),
+    ),
+    "flax": (
+        {"query.kernel": torch.ones(6, 3, 2)},
+        "query.kernel belongs to Flax's MultiHeadDotProductAttention, which "
+        "`from_stock` takes",
     ),
 }
 
@@ -272,8 +326,57 @@ def test_look_alikes_are_told_with_the_reason_and_never_converted(state_dict, re
     assert found.keys and set(found.keys) <= state_dict.keys()
     with pytest.raises(ValueError) as raised:
         plan_tree(state_dict, 3)
-    assert f"of what only looks like attention: {found.keys[0]}" in str(raised.value)
-    assert str(raised.value).endswith(f"\n  'attn': {reason}")
+    line = f"\n  of what only looks like attention ({reason}): 'attn': kinds={{r"
+    assert line in str(raised.value)
+
+
+def test_what_is_ignored_makes_no_layer_of_a_look_alike():
+    """Its numbers would be another model's."""
+    alone = {"attn." + name: tensor for name, tensor in Timm().state_dict().items()}
+    for name in ("swin", "normed_queries", "lora", "gated"):
+        state_dict = {f"attn.{k}": v for k, v in LOOK_ALIKES[name][0].items()}
+        more = [re.escape(key) for key in state_dict if key not in alone]
+        assert more
+        with pytest.raises(ValueError, match="of what only looks like attention"):
+            plan_tree(state_dict, 3, ignore=more)
+        kinds = {r"attn\.(qkv|proj)": "kernel"}
+        conversion = plan_tree(state_dict, ignore=more, kinds=kinds)
+        assert conversion.layers == () and len(conversion.entries) == 4
+    assert len(plan_tree(alone, 3).layers) == 1
+
+
+def test_a_part_of_a_layer_is_none():
+    state_dict = {f"attn.{k}": v for k, v in Linears().state_dict().items()}
+    for given in (dict(ignore=[".*out_proj.*"]), dict(prefix="attn.q_proj")):
+        with pytest.raises(ValueError, match=r"without attn\.\S+"):
+            plan_tree(state_dict, 3, **given)
+    everything = plan_tree(
+        state_dict | LINEAR, kinds={"l": "kernel"}, ignore=["attn.*"]
+    )
+    assert [entry.path for entry in everything.entries] == ["l/kernel", "l/bias"]
+
+
+def test_buffers_that_change_nothing_are_ignored_by_name():
+    """DINOv3 masks the bias of its keys, which adds the same to all of a query's."""
+    state_dict = {f"attn.{k}": v for k, v in Timm().state_dict().items()}
+    state_dict["attn.qkv.bias_mask"] = torch.ones(18)
+    (layer,) = find_layers(state_dict)
+    assert layer.buffers == ("attn.qkv.bias_mask",)
+    with pytest.raises(ValueError, match=r'ignore=\[r"attn\\.qkv\\.bias_mask"\]'):
+        plan_tree(state_dict, 3)
+    conversion = plan_tree(state_dict, 3, ignore=[r".*bias_mask"])
+    assert len(conversion.layers) == 1
+
+
+def test_the_inner_layer_of_lora_is_none():
+    """All of it is there, but what is added to its weights lies beside it."""
+    state_dict = {f"attn.base_layer.{k}": v for k, v in Torch().state_dict().items()}
+    state_dict["attn.lora_A.default.weight"] = torch.ones(2, 6)
+    (found,) = find_look_alikes(state_dict)
+    assert found.reason.startswith("base_layer: LoRA that is not merged")
+    with pytest.raises(ValueError, match="of LoRA that is not merged") as raised:
+        plan_tree(state_dict, 3)
+    assert "only looks like attention (base_layer: LoRA" in str(raised.value)
 
 
 def test_a_query_alone_is_no_attention():
@@ -400,8 +503,8 @@ def test_an_unclear_config_json_is_not_guessed_from(tmp_path, config):
     checkpoint = with_config(tmp_path, towers(), config)
     with pytest.raises(ValueError) as raised:
         plan_tree(checkpoint)
-    assert "config.json says {" in str(raised.value)
-    assert "That of 'text_model.layers.0.attn' (embed_dim 6)" in str(raised.value)
+    assert "(config.json says " in str(raised.value)
+    assert "'text_model.layers.0.attn' (embed_dim 6)" in str(raised.value)
 
 
 # Whole models.
@@ -625,7 +728,7 @@ def test_a_root_weight_is_named_by_its_own_name():
 
 
 def test_a_target_that_differs_also_says_what_looks_alike():
-    state_dict, reason = LOOK_ALIKES["whisper_without_k_bias"]
+    state_dict, reason = LOOK_ALIKES["swin"]
     with pytest.raises(ValueError) as raised:
         plan_tree(state_dict, target={"in_proj_weight": f32(3, 3, 2, 6)})
     assert "\n  missing: in_proj_weight (3, 3, 2, 6)\n" in str(raised.value)
@@ -676,10 +779,8 @@ LAYER = {
 }
 BELOW = {f"a.{name}": array for name, array in LAYER.items()}
 STACK = {"h.0.weight": np.zeros(2, "f"), "h.1.weight": np.zeros(2, "f")}
-DOUBT = (
-    "state_dict must leave no doubt what its tensors are (say so in kinds, as "
-    '{".*lm_head": "kernel"}, or in ignore, or give a target), but'
-)
+DOUBT = "state_dict must leave no doubt (say it, or give a target), but"
+KEEP = '(kinds "weight" keeps them)'
 WRONG = {
     "not_a_mapping": (
         dict(state_dict=[1]),
@@ -696,9 +797,14 @@ WRONG = {
     "no_heads": (
         dict(state_dict=BELOW),
         ValueError,
-        "num_heads must be given for each attention layer, as no tensor records it: "
-        "one number, {\"pattern of prefixes\": number}, or a function. That of 'a' "
-        "(embed_dim 6) is not known: there is no config.json.",
+        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
+        "config.json): 'a' (embed_dim 6): num_heads={r\"a\": N}",
+    ),
+    "no_heads_of_the_whole": (
+        dict(state_dict=LAYER),
+        ValueError,
+        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
+        "config.json): '' (embed_dim 6): num_heads=N",
     ),
     "heads_of_others": (
         dict(state_dict=BELOW, num_heads={"b": 3}),
@@ -777,14 +883,18 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Linear's or an Embedding's: l.weight\n"
-        "  not stored as a Linear's or Conv's with that bias: transposed.weight\n"
-        "  not parameters, but BatchNorm's: bn.running_mean",
+        "  a Linear's or an Embedding's: l.weight: "
+        'kinds={r"l": "kernel"} or "embedding"\n'
+        "  not stored as a Linear's or Conv's with that bias: transposed.weight: "
+        'kinds={r"transposed": "weight"}\n'
+        f"  not parameters, but BatchNorm's {KEEP}: bn.running_mean: "
+        r'ignore=[r"bn\.running_mean"]',
     ),
     "integers": (
         dict(state_dict={"position_ids": np.arange(3), "seen": np.array(True)}),
         ValueError,
-        f"{DOUBT}\n  of integers or truth values: position_ids; seen",
+        f"{DOUBT}\n  of integers or truth values {KEEP}: position_ids, seen: "
+        'ignore=[r"position_ids", r"seen"]',
     ),
     "three_axes_and_norms": (
         dict(
@@ -798,8 +908,10 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight; norm2d.weight\n"
-        "  not stored as a Linear's or Conv's with that bias: grouped_transpose.weight",
+        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight, norm2d.weight: "
+        'kinds={r"bilinear": "kernel", r"norm2d": "kernel"} or "weight"\n'
+        "  not stored as a Linear's or Conv's with that bias: "
+        'grouped_transpose.weight: kinds={r"grouped_transpose": "weight"}',
     ),
     "kernel_of_gpt2": (
         dict(
