@@ -133,7 +133,6 @@ FAMILIES: dict[str, Family] = {
 # Names that only attention of other kinds has.
 OTHER_KINDS = {
     "query.kernel": "Flax's MultiHeadDotProductAttention, which `from_stock` takes",
-    "in_proj.Wqkv.weight": "another layer",
 }
 
 # What else may be below a layer: {regular expression of the name: what it is}.

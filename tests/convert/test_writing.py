@@ -221,7 +221,7 @@ def test_conversion_that_does_not_fit_is_refused(tmp_path):
             '"num_heads": 4',
             "num_heads of 'attn' must be 2, as that of",
         ),
-        ('"out_proj/bias"', '"bias"', "missing: bias (4,)"),
+        ('attn/out_proj/bias"', 'attn/bias"', "missing: attn/bias (4,)"),
         ("{", "", "text must be what Conversion.to_json returned"),
     ):
         record.write_text(text.replace(here, there))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-import opacus.layers
+import peft
 import pytest
 import torch
 import transformers
@@ -200,10 +200,6 @@ def both(module, query, key):
     return module(query, encoder_hidden_states=key)
 
 
-def length_first(module, query, _):
-    return module(*[query.transpose(0, 1)] * 3)[0].transpose(0, 1)
-
-
 CASES = {
     "vit_in_memory": Case("o_proj", vit(), first),
     "vit_without_qkv_bias": Case("o_proj", vit(qkv_bias=False), first),
@@ -258,11 +254,6 @@ CASES = {
         exact=False,
         said="attention",
     ),
-    "opacus": Case(
-        "opacus",
-        lambda: opacus.layers.DPMultiheadAttention(WIDTH, HEADS),
-        length_first,
-    ),
 }
 LAYOUTS = {
     "timm": Case("timm", lambda: Timm(), alone),
@@ -286,6 +277,7 @@ LAYOUTS = {
     "flash_attn": Case(
         "flash_attn", layout(["Wqkv"], "out_proj"), alone, said="attention"
     ),
+    "opacus": Case("opacus", layout([f"{n}linear" for n in "qkv"], "out_proj"), alone),
     "q_linear": Case("q_linear", layout([f"{n}_linear" for n in "qkv"], "out"), alone),
 }
 EVERY = CASES | LAYOUTS
@@ -448,3 +440,34 @@ def test_a_fault_in_a_family_is_found(case):
     params["model"]["attn"]["out_proj"] |= {"weight": turned}
     with pytest.raises(ValueError, match=r"layers that compute other .*'model\.attn'"):
         convert.verify(state_dict, params, conversion=conversion)
+
+
+class Adapted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(WIDTH, HEADS)
+        self.fc = torch.nn.Linear(WIDTH, WIDTH)
+
+
+def adapted(targets):
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    return peft.get_peft_model(Adapted().double(), config)
+
+
+@pytest.mark.parametrize("targets", [["attn", "fc"], ["fc"]], ids=["all", "fc"])
+@pytest.mark.parametrize(
+    "state_dict_of",
+    [lambda model: model.state_dict(), peft.get_peft_model_state_dict],
+    ids=["whole", "adapter"],
+)
+def test_lora_is_named_and_converted_when_it_is_merged(targets, state_dict_of):
+    model = adapted(targets)
+    state_dict = state_dict_of(model)
+    for ignore in ([], [".*lora_.*"]):
+        if ignore and all("lora_" in name for name in state_dict):
+            continue  # nothing would be left of the adapter
+        with pytest.raises(ValueError, match=r"LoRA that is not merged.*merge_and_"):
+            convert.plan_tree(state_dict, HEADS, ignore=ignore)
+    merged = model.merge_and_unload()
+    conversion = convert.plan_tree(merged.state_dict(), HEADS)
+    assert [layer.prefix for layer in conversion.layers] == ["attn"]

@@ -469,8 +469,13 @@ def test_number_of_heads_by_layer(num_heads):
             },
             {2, 3},
         ),
+        ({"text_cfg": {"heads": 2}, "vision_cfg": {"heads": 3}}, {2, 3}),
+        ({"model": {"stack": {"initargs": {"num_layers": 2, "nhead": 3}}}}, {3}),
+        ({"model": {"text": {"n_head": 2}, "vision": {"n_head": 3}}}, {2, 3}),
+        ({"nheads": 3, "id2label": {"0": "cat"}, "attn_config": {"alibi": False}}, {3}),
+        ({"encoder_attention_heads": 3, "decoder_attention_heads": 3}, {3}),
     ],
-    ids=["one", "gpt", "sections"],
+    ids=["one", "gpt", "sections", "open_clip", "nested", "words", "others", "equal"],
 )
 def test_number_of_heads_from_config_json(tmp_path, config, wanted):
     got = heads(plan_tree(with_config(tmp_path, towers(), config)))
@@ -488,7 +493,61 @@ def test_number_of_heads_of_encoder_and_decoder_from_config_json(tmp_path):
     assert got == {"encoder.layers.0.self_attn": 2, "decoder.layers.0.self_attn": 3}
 
 
+def test_a_config_is_taken_with_what_was_renamed_in_python(tmp_path):
+    checkpoint = with_config(tmp_path, towers(), {"nhead": 3})
+    renamed = {f"net.{name}": array for name, array in checkpoint.items()}
+    with pytest.raises(ValueError, match=r"there is no config\.json"):
+        plan_tree(renamed)
+    got = heads(plan_tree(renamed, config=checkpoint.config))
+    assert set(got.values()) == {3}
+
+
+BEYOND = {
+    "llama": {"rope_theta": 10000.0},
+    "transformers_5": {"rope_parameters": {"rope_type": "default"}},
+    "roformer": {"rotary_value": False},
+    "alibi": {"attn_config": {"alibi": True}},
+    "gpt_neo": {"attention_types": [[["global"], 1]]},
+    "gpt2_without_scale": {"scale_attn_weights": False},
+    "bert_relative": {"position_embedding_type": "relative_key"},
+    "in_text": {"text_config": {"rope_theta": 1e4}, "vision_config": {}},
+}
+
+
+@pytest.mark.parametrize("config", BEYOND.values(), ids=BEYOND)
+def test_what_config_json_says_of_more_than_tensors_show_is_asked(tmp_path, config):
+    checkpoint = with_config(tmp_path, towers(), config)
+    with pytest.raises(ValueError) as raised:
+        plan_tree(checkpoint, 3)
+    line = str(raised.value).splitlines()[1]
+    assert "may compute more than its tensors show (config.json says " in line
+    assert r'kinds={r"text_model\.layers\.\d+\.attn": "attention"' in line
+    assert ("vision_model" in line) == ("text_config" not in config)
+    kinds = {".*attn": "attention"}
+    assert len(plan_tree(checkpoint, 3, kinds=kinds).layers) == 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"alibi": False, "rope_scaling": None, "scale_attn_weights": True},
+        {"position_embedding_type": "absolute", "rotary_dim": None},
+    ],
+    ids=["off", "absolute"],
+)
+def test_what_is_off_is_not_asked(tmp_path, config):
+    assert plan_tree(with_config(tmp_path, towers(), config), 3).layers
+
+
+def test_a_target_answers_too(tmp_path):
+    checkpoint = with_config(tmp_path, BELOW, {"rope_theta": 1.0})
+    wanted = {"a": jax.eval_shape(lambda: convert_tree(LAYER, 3))}
+    assert plan_tree(checkpoint, 3, target=wanted).layers
+
+
 UNCLEAR = {
+    "sections_differ": {"a_config": {"heads": 3}, "b_config": {"heads": 3}},
+    "nested_differ": {"a": {"heads": 3}, "b": {"heads": 2}},
     # A section leaves out what is the default of its kind.
     "default_left_out": {"num_attention_heads": 3, "text_config": {}},
     "one_section": {"vision_config": {"num_attention_heads": 3}},
@@ -811,6 +870,40 @@ WRONG = {
         ValueError,
         "num_heads must have patterns that match a whole name, got 'b', which decides "
         "nothing among 'a'.",
+    ),
+    "attention_of_a_look_alike": (
+        dict(
+            state_dict={f"a.{k}": v for k, v in LOOK_ALIKES["gated"][0].items()},
+            kinds={"a": "attention"},
+        ),
+        ValueError,
+        "kinds must not say 'attention' of 'a', which is another layer: gate.weight: a "
+        "gate, which MultiheadAttention has not.",
+    ),
+    "attention_of_nothing": (
+        dict(state_dict=BELOW, kinds={"b": "attention"}),
+        ValueError,
+        "kinds must have patterns that match a whole name, got 'b', which decides "
+        "nothing among 'a'.",
+    ),
+    "everything_at_once": (
+        dict(
+            state_dict={
+                **BELOW,
+                **{f"b.{k}": v for k, v in LOOK_ALIKES["gated"][0].items()},
+                "head.weight": np.zeros((2, 3), "f"),
+                "ids": np.arange(3),
+            },
+        ),
+        ValueError,
+        f"{DOUBT}\n"
+        "  the number of heads, which no tensor records (there is no config.json): 'a' "
+        '(embed_dim 6): num_heads={r"a": N}\n'
+        "  of what only looks like attention (gate.weight: a gate, which "
+        'MultiheadAttention has not): \'b\': kinds={r"b\\.qkv": "kernel"}\n'
+        "  a Linear's or an Embedding's: b.gate.weight, head.weight: "
+        'kinds={r"b\\.gate": "kernel", r"head": "kernel"} or "embedding"\n'
+        f'  of integers or truth values {KEEP}: ids: ignore=[r"ids"]',
     ),
     "heads_do_not_divide": (
         dict(state_dict=BELOW, num_heads=4),
