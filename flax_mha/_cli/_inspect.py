@@ -123,10 +123,9 @@ def _common(paths: list[str]) -> str:
 def _shape(entry: Entry, unknown_heads: frozenset[str]) -> str:
     """Returns the shape, with words for what the number of heads decides."""
     sizes: list[Any] = list(entry.shape)
-    unknown = any(
-        not path or entry.path.startswith(f"{path}/") for path in unknown_heads
-    )
-    if unknown and "heads" in entry.axes:
+    parts = entry.path.split("/")
+    above = {"/".join(parts[:depth]) for depth in range(len(parts))}
+    if above & unknown_heads and "heads" in entry.axes:
         at = entry.axes.index("heads")
         sizes[at : at + 2] = ["heads", f"{sizes[at + 1]}/heads"]
     return f"({', '.join(map(str, sizes))})"

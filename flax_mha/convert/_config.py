@@ -50,7 +50,8 @@ def heads_in(config: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, in
     """Returns the number of heads by prefix; nothing for layers that are in doubt.
 
     Names around a number (`text_config`, `encoder_attention_heads`) that are also
-    modules of some layer (`text_model`, `encoder`) say that it speaks for those alone.
+    modules of some layer (`text_model`, `encoder`) say that it speaks for those alone;
+    of several for one layer, that with most of such names.
     A number without such names speaks for all, unless there are sections, which leave
     out what is their default.
     """
@@ -60,11 +61,18 @@ def heads_in(config: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, in
     numbers = {}
     for prefix in prefixes:
         words = _words(prefix)
-        fitting = [said for said in counts if said.words & known <= words]
-        most = max((len(said.words & known) for said in fitting), default=0)
-        if not most and sections:
-            fitting = [s for s in fitting if s.sections and len(sections) == 1]
-        found = [s.value for s in fitting if len(s.words & known) == most]
+        modules = {*prefix.split(".")}
+        # Whole names first: `decoder` of "decoder.encoder_attn", not `encoder`.
+        fitting = [
+            ((len(spoken & modules), len(spoken)), said)
+            for said in counts
+            if (spoken := said.words & known) <= words
+        ]
+        most = max((rank for rank, _ in fitting), default=(0, 0))
+        found = [said for rank, said in fitting if rank == most]
+        if most == (0, 0) and sections:
+            found = [said for said in found if said.sections and len(sections) == 1]
+        found = [said.value for said in found]
         if found and all(type(count) is int and count == found[0] for count in found):
             numbers[prefix] = found[0]
     return numbers

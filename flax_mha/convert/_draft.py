@@ -7,7 +7,7 @@ from typing import Any
 from flax_mha.convert import _parts, _questions, _strict
 from flax_mha.convert._arrays import Spec, few, numpy_dtype, specs
 from flax_mha.convert._config import unseen_in
-from flax_mha.convert._conversion import Conversion
+from flax_mha.convert._conversion import Conversion, ConvertedLayer
 from flax_mha.convert._entries import Entry, flatten
 from flax_mha.convert._find import AttentionLayer, LookAlike, find
 from flax_mha.convert._heads import Heads, heads_of
@@ -20,7 +20,7 @@ from flax_mha.convert._kinds import (
 from flax_mha.convert._names import Names
 from flax_mha.convert._questions import HEADS, IGNORE, KINDS, Question
 from flax_mha.convert._rules import first_matches, names_below
-from flax_mha.convert._stack import stacked
+from flax_mha.convert._stack import Part, stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +65,17 @@ def draft_tree(
     """Returns what `plan_tree` plans, and what it asks; for the arguments see there."""
     _check_no_string(ignore, "ignore", "patterns")
     _check_no_string(stack, "stack", "modules")
-    tensors, ignored = _tensors(state_dict, prefix, ignore)
+    below = names_below(prefix, state_dict)
+    ignored = first_matches(ignore, below, "ignore")
+    known = specs(state_dict)
+    tensors = {name: known[name] for name in below if name not in ignored}
     names = Names(tensors, prefix, rename or {}, stack)
     wanted = None if target is None else _target_specs(target)
     if config is None:
         config = getattr(state_dict, "config", None)
 
     # In all that there is: what is ignored still says what its neighbours are.
-    found = [one for one in find(state_dict) if _is_in(one, tensors)]
+    found = [one for one in find(known) if _is_in(one, tensors)]
     modules, taken = _split(kinds or {})
     accepted = _accepted(found, taken)
     chosen = chosen_kinds(tensors, modules)
@@ -81,20 +84,14 @@ def draft_tree(
     if wanted is None:  # which else says that these layers are wanted
         questions += _unseen(layers, accepted, config or {})
 
-    parts, converted = [], []
-    for layer in layers:
-        number = heads.get(layer.prefix, 1)
-        layer_parts = _parts.attention(layer, number, tensors, names)
-        converted.append(_parts.converted(layer, number, layer_parts))
-        parts += layer_parts
-    claimed = {key for _, entry in parts for key in entry.keys}
+    parts, converted = _attention(layers, heads, tensors, names)
+    others = tensors.keys() - {key for _, entry in parts for key in entry.keys}
     buffers = {key for layer in layers for key in layer.buffers}
-    kinds_found, doubts = kinds_of(
-        tensors.keys() - claimed, tensors, chosen, names, wanted, look_alikes, buffers
+    found_kinds, doubts = kinds_of(
+        others, tensors, chosen, names, wanted, look_alikes, buffers
     )
-    parts += [
-        _parts.other(k, kind, tensors[k], names) for k, kind in kinds_found.items()
-    ]
+    for key, kind in found_kinds.items():
+        parts.append(_parts.other(key, kind, tensors[key], names))
     names.check_all_used()
 
     entries = stacked(parts, names.sizes)
@@ -104,7 +101,7 @@ def draft_tree(
     position = {key: at for at, key in enumerate(tensors)}
     entries.sort(key=lambda entry: _first_position(entry, position))
     return Draft(
-        Conversion(tuple(entries), tuple(converted), ignored),
+        Conversion(tuple(entries), tuple(converted), tuple(ignored)),
         asked,
         frozenset(one.path for one in converted if one.prefix not in heads),
     )
@@ -113,17 +110,6 @@ def draft_tree(
 def _check_no_string(value: Sequence[str], argument: str, what: str) -> None:
     if isinstance(value, str):
         raise TypeError(f"{argument} must be several {what}, got the string {value!r}.")
-
-
-def _tensors(
-    state_dict: Mapping[str, Any], prefix: str, ignore: Sequence[str]
-) -> tuple[dict[str, Spec], tuple[str, ...]]:
-    """Returns what is to be converted, and the names below prefix that are not."""
-    below = names_below(prefix, state_dict)
-    ignored = first_matches(ignore, below, "ignore")
-    known = specs(state_dict)
-    kept = {name: known[name] for name in below if name not in ignored}
-    return kept, tuple(ignored)
 
 
 def _target_specs(target: Mapping[str, Any]) -> dict[str, Spec]:
@@ -215,6 +201,22 @@ def _unseen(
             )
         )
     return questions
+
+
+def _attention(
+    layers: Iterable[AttentionLayer],
+    heads: Mapping[str, int],
+    tensors: Mapping[str, Spec],
+    names: Names,
+) -> tuple[list[Part], list[ConvertedLayer]]:
+    """Returns the parts of all attention layers, and where each layer went."""
+    parts, converted = [], []
+    for layer in layers:
+        number = heads.get(layer.prefix, 1)
+        of_layer = _parts.attention(layer, number, tensors, names)
+        converted.append(_parts.converted(layer, number, of_layer))
+        parts += of_layer
+    return parts, converted
 
 
 def _matched(

@@ -35,7 +35,8 @@ def find_layers(state_dict: Mapping[str, Any]) -> list[AttentionLayer]:
     Raises:
         TypeError: `state_dict` is not a mapping of names to tensors.
     """
-    found = find(state_dict)
+    check_mapping(state_dict)
+    found = find(specs(state_dict))
     return [layer for layer in found if isinstance(layer, AttentionLayer)]
 
 
@@ -48,17 +49,16 @@ def find_look_alikes(state_dict: Mapping[str, Any]) -> list[LookAlike]:
     Raises:
         TypeError: `state_dict` is not a mapping of names to tensors.
     """
-    found = find(state_dict)
+    check_mapping(state_dict)
+    found = find(specs(state_dict))
     return [layer for layer in found if isinstance(layer, LookAlike)]
 
 
-def find(state_dict: Mapping[str, Any]) -> list[AttentionLayer | LookAlike]:
-    """Returns both, in the order of the state_dict.
+def find(tensors: Mapping[str, Spec]) -> list[AttentionLayer | LookAlike]:
+    """Returns both, in the order of the tensors.
 
     An attention layer is one only with all that lies below its prefix.
     """
-    check_mapping(state_dict)
-    tensors = specs(state_dict)
     places = _places(tensors)
     below: dict[str, dict[str, Spec]] = {p: {} for p in places}
     for name, spec in tensors.items():

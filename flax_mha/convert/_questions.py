@@ -37,10 +37,12 @@ def lines(
         matched: For each argument, all names that its patterns are tried on.
     """
     groups: dict[tuple, list[Question]] = {}
-    for question in questions:
+    asked = list(questions)
+    for question in asked:
         key = (question.about, question.argument, question.answers)
         groups.setdefault(key, []).append(question)
-    patterns = {argument: Patterns(names) for argument, names in matched.items()}
+    arguments = {question.argument for question in asked}
+    patterns = {argument: Patterns(matched[argument]) for argument in arguments}
     return [
         f"{about}: {few(dict.fromkeys(question.name for question in group), 4)}: "
         + _answer(argument, answers, _covering(group, patterns[argument]))

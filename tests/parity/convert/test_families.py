@@ -8,6 +8,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import ast
 import dataclasses
 import re
 from collections.abc import Callable
@@ -471,3 +472,76 @@ def test_lora_is_named_and_converted_when_it_is_merged(targets, state_dict_of):
     merged = model.merge_and_unload()
     conversion = convert.plan_tree(merged.state_dict(), HEADS)
     assert [layer.prefix for layer in conversion.layers] == ["attn"]
+
+
+GPT_SMALL = dict(n_embd=WIDTH, n_head=HEADS, n_layer=2, n_positions=8, vocab_size=11)
+SAVED = {
+    "bert": (transformers.BertModel, transformers.BertConfig(**SMALL)),
+    "albert": (
+        transformers.AlbertModel,
+        transformers.AlbertConfig(**SMALL, embedding_size=4),
+    ),
+    "distilbert": (
+        transformers.DistilBertModel,
+        transformers.DistilBertConfig(dim=WIDTH, n_heads=HEADS, hidden_dim=8),
+    ),
+    "vit": (
+        transformers.ViTModel,
+        transformers.ViTConfig(**SMALL, image_size=8, patch_size=4),
+    ),
+    "gpt2": (transformers.GPT2Model, transformers.GPT2Config(**GPT_SMALL)),
+    "gpt_neox": (transformers.GPTNeoXModel, transformers.GPTNeoXConfig(**SMALL)),
+    "bloom": (
+        transformers.BloomModel,
+        transformers.BloomConfig(hidden_size=WIDTH, n_head=HEADS, n_layer=2),
+    ),
+    "mpt": (
+        transformers.MptModel,
+        transformers.MptConfig(d_model=WIDTH, n_heads=HEADS, n_layers=2),
+    ),
+    "whisper": (
+        transformers.WhisperModel,
+        transformers.WhisperConfig(
+            d_model=WIDTH,
+            encoder_attention_heads=HEADS,
+            decoder_attention_heads=2,
+            encoder_layers=1,
+            decoder_layers=1,
+            vocab_size=11,
+            max_source_positions=8,
+            pad_token_id=0,
+        ),
+    ),
+}
+
+
+def pasted(message):
+    """Returns the arguments that a message says."""
+    said = {"kinds": {}, "ignore": []}
+    for name, text in re.findall(r"(kinds|ignore)=(\S.*?[\]}])(?= |$)", message, re.M):
+        value = ast.literal_eval(text)
+        said[name] = said[name] | value if name == "kinds" else said[name] + value
+    return said
+
+
+@pytest.mark.parametrize("make, config", SAVED.values(), ids=SAVED)
+def test_what_transformers_save_is_converted_in_two_tries_at_most(
+    make, config, tmp_path
+):
+    """The first says all that has to be said; config.json says the heads."""
+    model = make(config)
+    model.save_pretrained(tmp_path)
+    checkpoint = convert.read_state_dict(tmp_path)
+    try:
+        conversion = convert.plan_tree(checkpoint)
+    except ValueError as error:
+        conversion = convert.plan_tree(checkpoint, **pasted(str(error)))
+    params = conversion.params(checkpoint)
+    reports = convert.verify(checkpoint, params, conversion=conversion)
+    assert max(report.error for report in reports) < 1e-12
+    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    assert 0 < len(reports) <= len(modules)
+    decoder = [report for report in reports if "decoder" in report.prefix]
+    assert {report.num_heads for report in reports if report not in decoder} == {HEADS}
+    assert {report.num_heads for report in decoder} <= {2}
+    assert conversion.state_dict(params).keys() == checkpoint.keys()
