@@ -24,7 +24,7 @@ class Family:
         other_output: Its output may have other features than its input.
         sure: The first projection's name says that this is attention.
         unseen: What such layers mostly compute besides, which no tensor shows.
-        unseen_without_bias: The same, of those that have no bias.
+        unseen_with: Of those with which biases: of "in", "out", "both" or "none".
     """
 
     projections: tuple[str, ...]
@@ -36,7 +36,7 @@ class Family:
     other_output: bool = False
     sure: bool = True
     unseen: str = ""
-    unseen_without_bias: str = ""
+    unseen_with: tuple[str, ...] = ("in", "out", "both", "none")
 
     def names(self, param: str) -> tuple[str, ...]:
         """Returns its names for one of PyTorch's parameters.
@@ -79,9 +79,14 @@ _ANGLES = ("rotary_emb.inv_freq",)  # of the positions that are unseen anyway
 FAMILIES: dict[str, Family] = {
     "torch": Family((), "out_proj"),
     # fairseq, ESM, Whisper, CLIP and others in Hugging Face's files
-    "linears": Family(_LINEARS, "out_proj"),
+    "linears": Family(
+        _LINEARS,
+        "out_proj",
+        unseen="logits that are not scaled (as GPT-Neo's)",
+        unseen_with=("out",),
+    ),
     # transformers 5 in memory: ViT, DINOv2, DETR and others
-    "o_proj": Family(_LINEARS, "o_proj", unseen_without_bias=_ROTARY),
+    "o_proj": Family(_LINEARS, "o_proj", unseen=_ROTARY, unseen_with=("in", "none")),
     # CLIP's AttentionPool2d
     "clip_pool": Family(
         _LINEARS, "c_proj", beside=("positional_embedding",), other_output=True
@@ -105,7 +110,9 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(("q_lin", "k_lin", "v_lin"), "out_lin"),
     # GPT-2, GPT, ImageGPT in Hugging Face's files; and nanoGPT
     "gpt2": Family(("c_attn",), "c_proj", transposed=True, buffers=_CAUSAL),
-    "nanogpt": Family(("c_attn",), "c_proj", buffers=_CAUSAL),
+    "nanogpt": Family(
+        ("c_attn",), "c_proj", buffers=_CAUSAL, unseen=_ROTARY, unseen_with=("in",)
+    ),
     # diffusers' Attention; its norm is before the attention
     "diffusers": Family(("to_q", "to_k", "to_v"), "to_out.0", beside=_GROUP_NORM),
     # vit-pytorch; likewise

@@ -1,6 +1,6 @@
 """Which attention layers a state_dict holds, told from its keys and shapes alone."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -153,19 +153,28 @@ def _compare(
     if wrong:
         return _look_alike(prefix, _own(family, below), wrong)
     weight = "in_proj_weight" if "in_proj_weight" in rows else "q_proj_weight"
-    bias = "in_proj_bias" in rows
     return AttentionLayer(
         prefix=prefix,
         family=name,
         **sizes,
-        bias=bias,
+        bias="in_proj_bias" in rows,
         add_bias_kv="bias_k" in rows,
         dtype=np.dtype(below[next(iter(rows[weight]))].dtype),
         keys={param: _full(prefix, named) for param, named in rows.items()},
         absent=_full(prefix, absent),
         buffers=_full(prefix, [key for key in below if key in family.buffers]),
-        unseen=family.unseen or ("" if bias else family.unseen_without_bias),
+        unseen=family.unseen if _biases(family, shapes) in family.unseen_with else "",
     )
+
+
+def _biases(family: Family, names: Container[str]) -> str:
+    """Returns where a layer has biases: "in" its in-projection, "out" or "both"."""
+    found = [
+        where
+        for where, param in (("in", "in_proj_bias"), ("out", "out_proj.bias"))
+        if any(name in names for name in family.names(param))
+    ]
+    return "both" if len(found) == 2 else "".join(found) or "none"
 
 
 def _is_bias(key: str) -> bool:

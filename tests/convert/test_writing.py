@@ -216,12 +216,8 @@ def test_conversion_that_does_not_fit_is_refused(tmp_path):
     record = tmp_path / "checkpoint" / "flax_mha.json"
     text = record.read_text()
     for here, there, message in (
-        (
-            '"num_heads": 2',
-            '"num_heads": 4',
-            "num_heads of 'attn' must be 2, as that of",
-        ),
-        ('attn/out_proj/bias"', 'attn/bias"', "missing: attn/bias (4,)"),
+        ('"num_heads": 2', '"num_heads": 4', "num_heads of 'attn' must be 2, as that"),
+        ('"attn/out_proj/bias"', '"bias"', "missing: bias (4,)"),
         ("{", "", "text must be what Conversion.to_json returned"),
     ):
         record.write_text(text.replace(here, there))
@@ -269,11 +265,7 @@ def test_params_that_cannot_be_saved_or_loaded(tmp_path):
         (TypeError, "params must be nested", lambda: save_params(path, [1])),
         (TypeError, "must be a torch", lambda: save_params(path, {"a": [1]})),
         (ValueError, "without a slash", lambda: save_params(path, {"a/b": ONES["a"]})),
-        (
-            ValueError,
-            "must have elements",
-            lambda: save_params(path, {"a": np.ones(0)}),
-        ),
+        (ValueError, "zero size", lambda: save_params(path, {"a": np.ones(0)})),
         (
             ValueError,
             "must be written by `save_params`",

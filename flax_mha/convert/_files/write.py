@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_mha.convert._arrays import as_numpy, few
+from flax_mha.convert._arrays import as_numpy
 from flax_mha.convert._conversion import Conversion
 from flax_mha.convert._files import safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
@@ -73,8 +73,7 @@ def save_params(
     Raises:
         FileExistsError: `path` exists, and may not be replaced.
         TypeError: A leaf is not an array.
-        ValueError: A name has a "/" in it, or the conversion is of other parameters, or
-            an array for Orbax is empty.
+        ValueError: A name has a "/" in it, or the conversion is of other parameters.
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
@@ -87,12 +86,6 @@ def save_params(
         named = {"/".join(names): leaf for names, leaf in flat.items()}
         _write_file(path, named, {OURS: text or "null"}, overwrite)
         return
-    empty = ["/".join(names) for names, leaf in flat.items() if 0 in np.shape(leaf)]
-    if empty:
-        raise ValueError(
-            f"params must have elements, as Orbax writes no empty arrays, got none in "
-            f"{few(empty)}: let path end in .safetensors, or leave them out."
-        )
     if path.exists() and not (path / ORBAX).exists():
         raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
     with _replacing(path, overwrite) as new:

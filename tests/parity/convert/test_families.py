@@ -418,15 +418,51 @@ def test_layers_that_mostly_have_positions_are_converted_only_if_told(name):
     )
 
 
-def test_language_models_by_linears_without_bias_too():
-    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=HEADS)
-    state_dict = transformers.LlamaModel(config).state_dict()
+ALIKE = {
+    "llama": (
+        lambda: transformers.LlamaModel(
+            transformers.LlamaConfig(**SMALL, num_key_value_heads=HEADS)
+        ),
+        "o_proj",
+        "rotary",
+    ),
+    "qwen2": (
+        lambda: transformers.Qwen2Model(
+            transformers.Qwen2Config(**SMALL, num_key_value_heads=HEADS)
+        ),
+        "o_proj",
+        "rotary",
+    ),
+    "gpt_neo": (
+        lambda: transformers.GPTNeoModel(
+            transformers.GPTNeoConfig(
+                hidden_size=WIDTH,
+                num_heads=HEADS,
+                num_layers=1,
+                attention_types=[[["global"], 1]],
+                vocab_size=11,
+            )
+        ),
+        "linears",
+        "not scaled",
+    ),
+    "qwen": (layout(["c_attn"], "c_proj", no_bias=["c_proj"]), "nanogpt", "rotary"),
+}
+
+
+@pytest.mark.parametrize("make, family, unseen", ALIKE.values(), ids=ALIKE)
+def test_biases_tell_layers_that_compute_more(make, family, unseen):
+    """They have the names of others, which compute no more than their tensors show."""
+    state_dict = make().state_dict()
     (layer,) = convert.find_layers(state_dict)
-    assert (layer.family, layer.bias) == ("o_proj", False)
-    with pytest.raises(ValueError, match="rotary"):
+    assert layer.family == family and unseen in layer.unseen
+    with pytest.raises(ValueError, match=f"than its tensors show .*{unseen}"):
         convert.plan_tree(state_dict, HEADS)
-    grouped = transformers.LlamaConfig(**SMALL, num_key_value_heads=1)
-    (alike,) = convert.find_look_alikes(transformers.LlamaModel(grouped).state_dict())
+
+
+def test_grouped_queries_are_named():
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=1)
+    (alike,) = convert.find_look_alikes(transformers.LlamaModel(config).state_dict())
     assert "grouped queries" in alike.reason
 
 
