@@ -34,7 +34,7 @@ from transformers.models.whisper import modeling_whisper
 from flax_mha import MultiheadAttention, convert
 from flax_mha.convert._families import FAMILIES
 from tests.parity._live import normal
-from tests.parity.convert.test_tree import Timm, arrays_of, assert_same_bits
+from tests.parity.convert.test_find import Timm, arrays_of, assert_same_bits
 
 WIDTH, HEADS, LENGTH = 6, 3, 5
 CAUSAL = ~np.tri(LENGTH, dtype=bool)
