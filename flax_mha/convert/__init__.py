@@ -2,7 +2,7 @@
 
 A conversion only rearranges: attention layers are views of the checkpoint's
 bytes, and the way back is exact, bit for bit, in every dtype. PyTorch itself is needed
-only to read its pickle files, and for `from_torch`.
+only for its own modules and tensors, as in `from_torch`; not to read its files.
 """
 
 from typing import TYPE_CHECKING

@@ -81,14 +81,33 @@ def is_floating(dtype: np.dtype) -> bool:
         ml_dtypes.finfo(dtype)
     except ValueError:
         return False
-    return dtype.kind != "c"
+    return not dtype.name.startswith("complex")
+
+
+def check_computable(tensors: Mapping[str, Spec]) -> None:
+    """Refuses what is too narrow to compute with: layers of JAX do not take it.
+
+    Raises:
+        ValueError: A tensor is of float8 or less; all are named.
+    """
+    narrow = [
+        f"{name} {spec}"
+        for name, spec in tensors.items()
+        if spec.dtype.itemsize == 1 and is_floating(spec.dtype)
+    ]
+    if narrow:
+        raise ValueError(
+            "state_dict must have weights that layers compute with, which need scales "
+            f"where they are float8: got {few(narrow)}. Multiply each by its scale, or "
+            "make it float32 if it has none, in PyTorch, and save again."
+        )
 
 
 def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def numpy_dtype(dtype: "np.dtype | torch.dtype", name: str) -> np.dtype:
+def numpy_dtype(dtype: "np.dtype | torch.dtype | str", name: str) -> np.dtype:
     """Returns NumPy's dtype of the same bits, one of those that JAX adds included.
 
     Raises:

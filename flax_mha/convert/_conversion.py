@@ -99,8 +99,10 @@ class Conversion:
                 or None to leave it a NumPy array. Without `place`, all are.
 
         Returns:
-            Nested dicts. Parameters share memory with `state_dict` where they can:
-            copy it first if it will change.
+            Nested dicts. JAX arrays, of `place`, are copies. NumPy arrays are views of
+            tensors in memory where they can be: they change with them, and so may what
+            `jax.device_put` makes of them on a CPU. `jax.tree.map(jnp.array, params)`
+            copies. What a `Checkpoint` gives is nobody else's.
 
         Raises:
             ValueError: A tensor is missing, misshapen or of another dtype; or of
@@ -198,7 +200,7 @@ def _entry(fields: dict[str, Any]) -> Entry:
 def _placed(
     param: np.ndarray, sharding: "jax.sharding.Sharding | None"
 ) -> "np.ndarray | jax.Array":
-    """Puts each device's part on it, and waits, so that the host can forget it."""
+    """Puts a copy of each device's part on it, and waits, to let the host forget it."""
     if sharding is None:
         return param
     import jax
@@ -208,6 +210,11 @@ def _placed(
             f"place must leave parameters of dtype {param.dtype} to NumPy unless JAX "
             "has it: set jax_enable_x64."
         )
+
+    def part(at: Any) -> np.ndarray:
+        # A CPU would keep the memory itself, and whoever has the tensor may change it.
+        return np.array(param[at], order="C")
+
     return jax.block_until_ready(
-        jax.make_array_from_callback(param.shape, sharding, lambda at: param[at])
+        jax.make_array_from_callback(param.shape, sharding, part)
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_mha.convert import _parts, _questions, _strict
-from flax_mha.convert._arrays import Spec, few, numpy_dtype, specs
+from flax_mha.convert._arrays import Spec, check_computable, few, numpy_dtype, specs
 from flax_mha.convert._config import unseen_in
 from flax_mha.convert._conversion import Conversion, ConvertedLayer
 from flax_mha.convert._entries import Entry, flatten
@@ -69,6 +69,7 @@ def draft_tree(
     ignored = first_matches(ignore, below, "ignore")
     known = specs(state_dict)
     tensors = {name: known[name] for name in below if name not in ignored}
+    check_computable(tensors)
     names = Names(tensors, prefix, rename or {}, stack)
     wanted = None if target is None else _target_specs(target)
     if config is None:

@@ -285,12 +285,6 @@ def test_file_is_read_bit_for_bit(tmp_path, suffix, dtype):
     assert_equal_dicts(dict(sorted(read.items())), dict(sorted(state_dict.items())))
 
 
-def test_pickle_of_a_module_is_refused_without_running_it(tmp_path):
-    torch.save(torch_module(), tmp_path / "module.pt")
-    with pytest.raises(Exception, match="weights_only"):
-        read_state_dict(tmp_path / "module.pt")
-
-
 @pytest.mark.parametrize(
     "content, what",
     [
