@@ -160,12 +160,12 @@ EXTRAS = {
     r".*(norm|ln)\d?\.(weight|bias|scale)": (
         "a norm inside of the layer, which MultiheadAttention has not"
     ),
-    r"(.*[._])?(bias_mask|mask)": "a mask of its parameters: apply it to them first",
+    r"(.*\.)?(bias_mask|mask)": "a mask of its parameters: apply it to them first",
     r"(.*\.)?(scale|zero_point|_packed_params.*|\w*_scale|\w*absmax|\w*quant\w*)": (
         "quantized: dequantize it in PyTorch first"
     ),
     r"(.*\.)?(parametrizations\..*|\w+_(orig|mask|g|v|u))": (
-        "a parametrization: remove it in PyTorch first, with leave_parametrized=True"
+        "parametrized: save it, and `read_state_dict` folds what it can"
     ),
     r"(q_attn\..*|to_kv\..*|kv\..*|add_\w+_proj\..*|seq_bias_\w\..*)": (
         "more projections than MultiheadAttention has"

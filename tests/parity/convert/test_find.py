@@ -252,8 +252,8 @@ LOOK_ALIKES = {
     ),
     "weight_norm": (
         changed(Torch, in_proj_weight=None, in_proj_weight_g=torch.ones(18, 1)),
-        "in_proj_weight_g: a parametrization: remove it in PyTorch first, with "
-        "leave_parametrized=True",
+        "in_proj_weight_g: parametrized: save it, and `read_state_dict` folds what it "
+        "can",
     ),
     "integers": (
         changed(Torch, in_proj_weight=torch.ones(18, 6, dtype=torch.int8)),
