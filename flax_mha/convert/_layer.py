@@ -12,20 +12,12 @@ from flax_mha._checks import layer
 from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
 from flax_mha.convert import _strict
 from flax_mha.convert._arrays import as_numpy, check_computable, few, specs
-from flax_mha.convert._find import OTHER_KINDS
+from flax_mha.convert._families import FAMILIES, OTHER_KINDS
 from flax_mha.convert._rules import dotted, names_below
 from flax_mha.linen import MultiheadAttention
 
 if TYPE_CHECKING:
     import torch
-
-# Keys that only other attention layers have.
-_LOOK_ALIKES = {
-    "q_proj.weight": "separate Linear layers, as fairseq and Hugging Face have them",
-    "c_proj.weight": "CLIP's AttentionPool2d",
-    "qkv.weight": "timm's Attention",
-    **OTHER_KINDS,
-}
 
 
 def params_from_state_dict(
@@ -181,9 +173,16 @@ def _check_names_and_shapes(
 
 
 def _hint(names: Iterable[str]) -> str:
-    for key, what in _LOOK_ALIKES.items():
+    for family, stored in FAMILIES.items():
+        for key in stored.weights:
+            if key in names and key != "out_proj.weight":
+                return (
+                    f"\n  {key} belongs to layers stored as {family!r}, which "
+                    "`convert_tree` takes."
+                )
+    for key, what in OTHER_KINDS.items():
         if key in names:
-            return f"\n  {key} belongs to another attention: {what}."
+            return f"\n  {key} belongs to {what}."
     suffix = ".out_proj.weight"
     layers = [
         repr(name.removesuffix(suffix)) for name in names if name.endswith(suffix)
