@@ -7,6 +7,7 @@ of `_params`; the number of heads is one of their axes.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from flax_mha import _dispatch, _sequences
@@ -74,7 +75,8 @@ def multi_head_attention(
     tokens = sequences.tokens()
     dtype = dtype or jnp.result_type(*tokens, *params.values())
     params = {name: jnp.asarray(param, dtype) for name, param in params.items()}
-    q, k, v = _project(params, *tokens, precision)
+    with jax.named_scope("in_proj"):
+        q, k, v = _project(params, *tokens, precision)
     k, v = _or_static(k, static_k), _or_static(v, static_v)
     extra = _extra_columns(params, add_zero_attn)
     scale = 1 / math.sqrt(q.shape[3])
@@ -86,7 +88,8 @@ def multi_head_attention(
         implementation=implementation,
     )
     weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
-    out = _linear("bqhd,ehd->bqe", attended, weight, bias, precision)
+    with jax.named_scope("out_proj"):
+        out = _linear("bqhd,ehd->bqe", attended, weight, bias, precision)
     return sequences.result(out, weights)
 
 

@@ -48,7 +48,7 @@ class MultiheadAttention(nn.Module):
         implementation: Kernel that must run, or else ValueError with the reason, where
             it can be known, while tracing, or when the program is lowered: "blockwise"
             (everywhere; memory linear in the lengths), "splash" (TPU), or "reference"
-            (all logits at once; allows `jax.jvp`). None: the best that can, for the
+            (all logits at once). None: the best that can, for the
             platform compiled for; see `flax_mha.explain`.
 
     Parameters have PyTorch's names and values, reshaped so that heads are an axis:
