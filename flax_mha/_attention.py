@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -83,7 +84,8 @@ def multi_head_attention(
     tokens = sequences.tokens()
     dtype = dtype or jnp.result_type(*tokens, *params.values())
     params = {name: _cast(param, dtype) for name, param in params.items()}
-    q, k, v = _project(params, *tokens, precision)
+    with jax.named_scope("in_proj"):
+        q, k, v = _project(params, *tokens, precision)
     k, v = _or_static(k, static_k), _or_static(v, static_v)
     extra = _extra_columns(params, add_zero_attn)
     scale = 1 / math.sqrt(q.shape[3])
@@ -96,7 +98,8 @@ def multi_head_attention(
     )
     if out_proj is None:
         weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
-        out = project_out(attended, weight, bias, precision)
+        with jax.named_scope("out_proj"):
+            out = project_out(attended, weight, bias, precision)
     else:
         out = out_proj(attended)
     return sequences.result(checkpoint_name(out, "out_proj"), weights)

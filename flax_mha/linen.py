@@ -51,7 +51,7 @@ class MultiheadAttention(nn.Module):
         implementation: Kernel that must run, or else ValueError with the reason, where
             it can be known, while tracing, or when the program is lowered: "blockwise"
             (everywhere; memory linear in the lengths), "splash" (TPU), or "reference"
-            (all logits at once; allows `jax.jvp`). None: the best that can, for the
+            (all logits at once). None: the best that can, for the
             platform compiled for; see `flax_mha.explain`.
         kernel_init: Draws the weights of the in-projection, as a matrix (in_features,
             out_features); None: PyTorch's way.

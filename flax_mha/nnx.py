@@ -260,7 +260,8 @@ class _OutProjection(nnx.Module):
 
     def __call__(self, attended: OutHeads) -> Array:
         bias = None if self.bias is None else self.bias[...]
-        return project_out(attended, self.weight[...], bias, self.precision)
+        with jax.named_scope("out_proj"):  # as linen does by itself
+            return project_out(attended, self.weight[...], bias, self.precision)
 
 
 def _param(
