@@ -13,8 +13,8 @@ from flax_mha._attention import multi_head_attention, project_out
 from flax_mha._checks import arguments, layer
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
-from flax_mha._initializers import with_initializers
-from flax_mha._params import Kind, ParamSpec, parameter_table
+from flax_mha._initializers import by_kind, with_initializers
+from flax_mha._params import ParamSpec, parameter_table
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
 
@@ -226,13 +226,13 @@ class MultiheadAttention(nn.Module):
             bias=self.bias,
             add_bias_kv=self.add_bias_kv,
         )
-        inits: dict[Kind, Initializer | None] = {
-            "kernel": self.kernel_init,
-            "out_kernel": self.out_kernel_init,
-            "bias": self.bias_init,
-            "out_bias": self.out_bias_init,
-            "bias_kv": self.bias_kv_init,
-        }
+        inits = by_kind(
+            self.kernel_init,
+            self.out_kernel_init,
+            self.bias_init,
+            self.out_bias_init,
+            self.bias_kv_init,
+        )
         table = with_initializers(table, inits)
         if not self.logical_axes:
             return table

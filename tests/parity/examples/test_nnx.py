@@ -41,7 +41,10 @@ def test_transformer_is_torchs(options):
             **SIZES, **layers, **options, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
         )
     )
-    convert.update_nnx(ours, convert.convert_tree(theirs.state_dict(), 3))
+    params = convert.convert_tree(
+        theirs.state_dict(), 3, target=convert.nnx_params(ours)
+    )
+    convert.update_nnx(ours, params)
     first = (BATCH, SRC), (BATCH, TGT)
     shapes = first if options.get("batch_first") else [pair[::-1] for pair in first]
     arrays = [normal(*shape, 6, seed=n) for n, shape in enumerate(shapes)]
