@@ -2,6 +2,7 @@
 
 from flax_mha import convert as convert
 from flax_mha import functional as functional
+from flax_mha._cache import KeyValueCache as KeyValueCache
 from flax_mha._explain import Explanation as Explanation
 from flax_mha._explain import explain as explain
 from flax_mha._ragged.array import RaggedArray as RaggedArray

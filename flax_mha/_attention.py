@@ -4,12 +4,14 @@ What the modules and `functional` share. Parameters come by PyTorch's name in th
 of `_params`; the number of heads is one of their axes.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax.numpy as jnp
 
-from flax_mha import _dispatch, _sequences
+from flax_mha import _cached_sequences, _dispatch, _sequences
+from flax_mha._cache import KeyValueCache
 from flax_mha._call import Call
 from flax_mha._checks import arguments
 from flax_mha._dropout import Dropout
@@ -33,6 +35,8 @@ from flax_mha._typing import (
     accumulation_dtype,
 )
 
+_FEW_TOKENS = 64
+
 
 def multi_head_attention(
     params: Params,
@@ -50,44 +54,57 @@ def multi_head_attention(
     dropout: Dropout | None = None,
     static_k: ArrayLike | None = None,
     static_v: ArrayLike | None = None,
+    cache: KeyValueCache | None = None,
     dtype: DType | None = None,
     precision: Precision = None,
     implementation: str | None = None,
-) -> tuple[Sequences, Array | None]:
+) -> tuple[Any, ...]:
     """Computes `torch.nn.MultiheadAttention.forward`; see `MultiheadAttention`.
 
     Args:
         params: By PyTorch's name. "out_proj.weight" may have any number of rows.
         static_k, static_v: (batch * heads, src, head_dim), in place of the projected
             key and value.
+        cache: Key and value are appended to it, and attended to with all that it
+            holds; they may be None.
         dtype: Of the computation; None promotes inputs and parameters together.
+
+    Returns:
+        The output, the weights or None, and, if there was a cache, the next.
     """
     wanted = _wanted_weights(need_weights, average_attn_weights)
     masks = TorchMasks(key_padding_mask, attn_mask, is_causal, need_weights)
-    sequences = _sequences.of_layer(
-        *(query, key, value, masks),
-        **_sizes(params, add_zero_attn),
-        batch_first=batch_first,
-        static_k=static_k,
-        static_v=static_v,
-    )
-    tokens = sequences.tokens()
-    dtype = dtype or jnp.result_type(*tokens, *params.values())
+    options: dict[str, Any] = _sizes(params, add_zero_attn)
+    options |= dict(batch_first=batch_first)
+    sequences: Any
+    if cache is None:
+        options |= dict(static_k=static_k, static_v=static_v)
+        sequences = _sequences.of_layer(query, key, value, masks, **options)
+    else:
+        sequences = _cached_sequences.of_layer(
+            query, key, value, masks, cache, dropout=dropout, **options
+        )
+    tokens: Any = sequences.tokens()
+    arrays = [x for x in (*tokens, *params.values()) if x is not None]
+    dtype = dtype or jnp.result_type(*arrays)
     params = {name: jnp.asarray(param, dtype) for name, param in params.items()}
-    q, k, v = _project(params, *tokens, precision)
-    k, v = _or_static(k, static_k), _or_static(v, static_v)
+    q, k, v = _project(params, *tokens, precision=precision)
+    keys = sequences.keys(k, v)
     extra = _extra_columns(params, add_zero_attn)
     scale = 1 / math.sqrt(q.shape[3])
     attended, weights = _dispatch.dot_product_attention(
-        Call(q, k, v, sequences.mask(extra), scale, dropout, extra),
-        layout=sequences.layout,
+        Call(q, keys.key, keys.value, sequences.mask(extra), scale, dropout, extra),
+        layout=keys.layout,
         weights=wanted,
         precision=precision,
         implementation=implementation,
     )
     weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
-    out = _linear("bqhd,ehd->bqe", attended, weight, bias, precision)
-    return sequences.result(out, weights)
+    # One axis of features each: for two, XLA's CPU compiler would transpose the weight.
+    heads = math.prod(weight.shape[1:])
+    attended, weight = (x.reshape(*x.shape[:-2], heads) for x in (attended, weight))
+    out = _linear(attended, weight, bias, precision)
+    return sequences.result(out, weights, keys)
 
 
 def _wanted_weights(need_weights: bool, average_attn_weights: bool) -> Weighting:
@@ -114,11 +131,18 @@ def _sizes(params: Params, add_zero_attn: bool) -> dict[str, Any]:
 
 
 def _project(
-    params: Params, query: Query, key: Key, value: Value, precision: Precision
-) -> tuple[QueryHeads, KeyHeads, ValueHeads]:
+    params: Params,
+    query: Query,
+    key: Key | None,
+    value: Value | None,
+    *,
+    precision: Precision,
+) -> tuple[QueryHeads, KeyHeads | None, ValueHeads | None]:
     """Projects and splits into heads, with one product for what is one input."""
     packed = "in_proj_weight" in params
-    if packed and query is key is value:
+    if key is None or value is None:
+        groups = [(query, slice(0, 1))]
+    elif packed and query is key is value:
         groups = [(query, slice(0, 3))]
     elif packed and key is value:
         groups = [(query, slice(0, 1)), (key, slice(1, 3))]
@@ -132,32 +156,31 @@ def _project(
         else:
             weight = params[SEPARATE_WEIGHTS[rows.start]][None]
         bias = params["in_proj_bias"][rows] if "in_proj_bias" in params else None
-        out = _linear("ble,chde->blchd", x, weight, bias, precision)
+        out = _linear(x, weight, bias, precision)
         projected.extend(out[:, :, n] for n in range(out.shape[2]))
-    q, k, v = projected
+    q, k, v = projected if len(projected) == 3 else (*projected, None, None)
     return q, k, v
 
 
-def _linear(
-    equation: str, x: Array, weight: Array, bias: Array | None, precision: Precision
-) -> Array:
-    """Returns the product plus bias, rounded once to the dtype of the weight."""
+def _linear(x: Array, weight: Array, bias: Array | None, precision: Precision) -> Array:
+    """Returns the product plus bias, rounded once to the dtype of the weight.
+
+    Args:
+        x: (batch, length, features).
+        weight: (..., features); so is the result, (batch, length, ...).
+    """
     x, wide = jnp.asarray(x, weight.dtype), accumulation_dtype(weight.dtype)
-    out = jnp.einsum(
-        equation, x, weight, precision=precision, preferred_element_type=wide
+    product = functools.partial(
+        jnp.tensordot, axes=(-1, -1), precision=precision, preferred_element_type=wide
     )
+    if x.shape[0] * x.shape[1] <= _FEW_TOKENS:
+        # XLA's CPU compiler transposes what comes second, here not the weight.
+        out = jnp.moveaxis(product(weight, x), (-2, -1), (0, 1))
+    else:
+        out = product(x, weight)
     if bias is not None:
         out = out + bias.astype(wide)[None, None]
     return out.astype(x.dtype)
-
-
-def _or_static(projected: KeyHeads, static: ArrayLike | None) -> KeyHeads:
-    """Returns what PyTorch's (batch * heads, src, head_dim) says, if it is given."""
-    if static is None:
-        return projected
-    batch, _, num_heads, _ = projected.shape
-    shape = (batch, num_heads, *static.shape[1:])
-    return jnp.asarray(static, projected.dtype).reshape(shape).swapaxes(1, 2)
 
 
 def _extra_columns(params: Params, add_zero_attn: bool) -> Extra | None:

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 
 from flax_mha import _masks
 from flax_mha._attention import multi_head_attention
+from flax_mha._cache import KeyValueCache
 from flax_mha._checks import arguments, layer
+from flax_mha._checks import cache as cache_checks
 from flax_mha._dropout import Dropout
 from flax_mha._kernels import KERNELS
 from flax_mha._params import ParamSpec, parameter_table
+from flax_mha._ragged.array import RaggedArray
 from flax_mha._typing import Array, ArrayLike, DType, Precision, Sequences
 
 
@@ -50,6 +53,10 @@ class MultiheadAttention(nn.Module):
             (everywhere; memory linear in the lengths), "splash" (TPU), or "reference"
             (all logits at once; allows `jax.jvp`). None: the best that can, for the
             platform compiled for; see `flax_mha.explain`.
+        decode: Keep keys and values in the "cache" collection, as a `KeyValueCache`,
+            and attend to all that it holds; see `docs/decoding.md`. `init` makes room
+            for as many tokens as its key has.
+        cache_dtype: Of what is kept; None: that of the computation.
 
     Parameters have PyTorch's names and values, reshaped so that heads are an axis:
     `in_proj_weight` is (3, num_heads, head_dim, embed_dim), for example.
@@ -70,6 +77,8 @@ class MultiheadAttention(nn.Module):
     deterministic: bool | None = None
     precision: Precision = None
     implementation: str | None = None
+    decode: bool = False
+    cache_dtype: DType | None = None
 
     def __post_init__(self):
         layer.sizes(self.embed_dim, self.num_heads, self.kdim, self.vdim)
@@ -77,6 +86,9 @@ class MultiheadAttention(nn.Module):
         arguments.floating_dtype("param_dtype", self.param_dtype)
         if self.dtype is not None:
             arguments.floating_dtype("dtype", self.dtype)
+        if self.cache_dtype is not None:
+            arguments.floating_dtype("cache_dtype", self.cache_dtype)
+        arguments.python_bools(decode=self.decode)
         arguments.one_of("implementation", self.implementation, KERNELS)
         self.kdim = self.embed_dim if self.kdim is None else self.kdim
         self.vdim = self.embed_dim if self.vdim is None else self.vdim
@@ -90,8 +102,8 @@ class MultiheadAttention(nn.Module):
     def __call__(
         self,
         query: Sequences,
-        key: Sequences,
-        value: Sequences,
+        key: Sequences | None,
+        value: Sequences | None,
         key_padding_mask: Sequences | None = None,
         need_weights: bool = True,
         attn_mask: ArrayLike | None = None,
@@ -126,6 +138,11 @@ class MultiheadAttention(nn.Module):
             deterministic: If False, apply dropout, drawn from the "dropout" rng, given
                 as `apply(..., rngs={"dropout": key})`.
 
+        With `decode=True`, except in `init`: key and value are appended to the cache,
+        which `apply(..., mutable=["cache"])` returns, or are None, and all that it then
+        holds is attended to. Masks have as many columns as it has room for.
+        `is_causal` is by position, also beside an `attn_mask`. No dropout.
+
         Returns:
             The output, (batch, tgt_len, embed_dim), a `RaggedArray` if the query is
             one, and the weights after dropout, (batch, tgt_len, src_len), or (batch,
@@ -146,8 +163,10 @@ class MultiheadAttention(nn.Module):
         >>> out.shape, weights.shape
         ((1, 3, 8), (1, 3, 3))
         """
-        return multi_head_attention(
-            self._parameters(),
+        params = self._parameters()
+        cache = self._cache(params, query, key) if self.decode else None
+        out, weights, *cached = multi_head_attention(
+            params,
             query,
             key,
             value,
@@ -159,10 +178,14 @@ class MultiheadAttention(nn.Module):
             is_causal=is_causal,
             add_zero_attn=self.add_zero_attn,
             dropout=self._dropout(deterministic),
+            cache=cache,
             dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
         )
+        if key is not None and cached:
+            self.put_variable("cache", "kv", *cached)
+        return out, weights
 
     def merge_masks(
         self,
@@ -183,6 +206,23 @@ class MultiheadAttention(nn.Module):
         """
         layer.mergeable_masks(attn_mask, key_padding_mask, query)
         return _masks.merge(attn_mask, key_padding_mask, query, self.num_heads)
+
+    def _cache(
+        self, params: dict[str, Array], query: Sequences, key: Sequences
+    ) -> KeyValueCache | None:
+        """Returns what is kept so far; in `init`, None, and makes room."""
+        if self.has_variable("cache", "kv"):
+            return self.get_variable("cache", "kv")
+        cache_checks.can_be_made(self.is_initializing(), key)
+        batch, length = 1, key.shape[0]
+        if key.ndim == 3:
+            is_first = self.batch_first or isinstance(key, RaggedArray)
+            batch, length = key.shape[:2] if is_first else key.shape[1::-1]
+        dtype = self.cache_dtype or self.dtype
+        dtype = dtype or jnp.result_type(query, key, *params.values())
+        sizes = batch, length, self.num_heads, self.head_dim
+        self.put_variable("cache", "kv", KeyValueCache.empty(*sizes, dtype))
+        return None
 
     def _parameters(self) -> dict[str, Array]:
         """Declares the parameters; returns them by PyTorch's name."""

@@ -5,12 +5,12 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
-KERNELS = ["blockwise", "cudnn", "ragged", "reference", "splash"]
+KERNELS = ["blockwise", "cudnn", "heads_first", "ragged", "reference", "splash"]
 LAYERS = [
     ["_typing", "_mesh", "_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
     ["_call"],
-    ["_checks.layer", "_checks.functional", "_checks"],
+    ["_checks.layer", "_checks.functional", "_checks.cache", "_checks"],
     ["_ragged.checks"],
     ["_ragged.call_checks", "_ragged.tokens"],
     ["_ragged.array"],
@@ -21,8 +21,11 @@ LAYERS = [
     ["_kernels"],
     ["_plan"],
     ["_layouts"],
+    ["_cache"],
+    ["_heads_first"],
     ["_dispatch", "_explain"],
     ["_sequences"],
+    ["_cached_sequences"],
     ["_attention"],
     ["linen", "functional"],
     ["convert._arrays", "convert._model"],

@@ -38,6 +38,7 @@ def test_public_names():
     names = {name for name in vars(flax_mha) if not name.startswith("_")}
     assert names == {
         "Explanation",
+        "KeyValueCache",
         "MultiheadAttention",
         "RaggedArray",
         "convert",
