@@ -174,7 +174,7 @@ def _linear(x: Array, weight: Array, bias: Array | None, precision: Precision) -
         jnp.tensordot, axes=(-1, -1), precision=precision, preferred_element_type=wide
     )
     if x.shape[0] * x.shape[1] <= _FEW_TOKENS:
-        # XLA's CPU compiler transposes what comes second, here not the weight.
+        # XLA's CPU compiler transposes the second factor, of which there is less here.
         out = jnp.moveaxis(product(weight, x), (-2, -1), (0, 1))
     else:
         out = product(x, weight)

@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 GUIDE = ROOT / "docs" / "converting.md"
 RAGGED = ROOT / "docs" / "ragged.md"
+DECODING = ROOT / "docs" / "decoding.md"
 
 
 @pytest.fixture(autouse=True)
