@@ -156,7 +156,7 @@ def beam_search(params, src, beams):
 def load():
     """Returns the parameters, converted."""
     state_dict = convert.read_state_dict(CHECKPOINT)
-    return convert.convert_tree(state_dict, NUM_HEADS)
+    return convert.convert_tree(state_dict, NUM_HEADS, kinds={"embed": "embedding"})
 
 
 def main():

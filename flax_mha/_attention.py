@@ -6,9 +6,14 @@ of `_params`; the number of heads is one of their axes.
 
 import functools
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from flax_mha import _cached_sequences, _dispatch, _sequences
 from flax_mha._cache import KeyValueCache
@@ -24,6 +29,7 @@ from flax_mha._typing import (
     Extra,
     Key,
     KeyHeads,
+    OutHeads,
     Params,
     Precision,
     Query,
@@ -58,6 +64,7 @@ def multi_head_attention(
     dtype: DType | None = None,
     precision: Precision = None,
     implementation: str | None = None,
+    out_proj: Callable[[OutHeads], Array] | None = None,
 ) -> tuple[Any, ...]:
     """Computes `torch.nn.MultiheadAttention.forward`; see `MultiheadAttention`.
 
@@ -68,6 +75,8 @@ def multi_head_attention(
         cache: Key and value are appended to it, and attended to with all that it
             holds; they may be None.
         dtype: Of the computation; None promotes inputs and parameters together.
+        out_proj: The module that computes `project_out` of its own parameters: where
+            tools that replace products look for these. None: it is computed here.
 
     Returns:
         The output, the weights or None, and, if there was a cache, the next.
@@ -87,7 +96,7 @@ def multi_head_attention(
     tokens: Any = sequences.tokens()
     arrays = [x for x in (*tokens, *params.values()) if x is not None]
     dtype = dtype or jnp.result_type(*arrays)
-    params = {name: jnp.asarray(param, dtype) for name, param in params.items()}
+    params = {name: _cast(param, dtype) for name, param in params.items()}
     q, k, v = _project(params, *tokens, precision=precision)
     keys = sequences.keys(k, v)
     extra = _extra_columns(params, add_zero_attn)
@@ -99,12 +108,21 @@ def multi_head_attention(
         precision=precision,
         implementation=implementation,
     )
-    weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
-    # One axis of features each: for two, XLA's CPU compiler would transpose the weight.
-    heads = math.prod(weight.shape[1:])
-    attended, weight = (x.reshape(*x.shape[:-2], heads) for x in (attended, weight))
-    out = _linear(attended, weight, bias, precision)
-    return sequences.result(out, weights, keys)
+    if out_proj is None:
+        weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
+        out = project_out(attended, weight, bias, precision)
+    else:
+        out = out_proj(attended)
+    return sequences.result(checkpoint_name(out, "out_proj"), weights, keys)
+
+
+def project_out(
+    attended: OutHeads, weight: Array, bias: Array | None, precision: Precision
+) -> Array:
+    """Returns (batch, tgt, embed), in the dtype of what is attended to."""
+    weight = _cast(weight, attended.dtype)
+    bias = None if bias is None else _cast(bias, attended.dtype)
+    return _linear(attended, weight, bias, precision, axes=2)
 
 
 def _wanted_weights(need_weights: bool, average_attn_weights: bool) -> Weighting:
@@ -139,45 +157,88 @@ def _project(
     precision: Precision,
 ) -> tuple[QueryHeads, KeyHeads | None, ValueHeads | None]:
     """Projects and splits into heads, with one product for what is one input."""
-    packed = "in_proj_weight" in params
+    bias = params.get("in_proj_bias")
+    names = ("query_proj", "key_proj", "value_proj")
     if key is None or value is None:
-        groups = [(query, slice(0, 1))]
-    elif packed and query is key is value:
-        groups = [(query, slice(0, 3))]
-    elif packed and key is value:
-        groups = [(query, slice(0, 1)), (key, slice(1, 3))]
+        names, inputs = names[:1], (query,)
     else:
-        groups = [(query, slice(0, 1)), (key, slice(1, 2)), (value, slice(2, 3))]
-
-    projected = []
-    for x, rows in groups:
-        if packed:
-            weight = params["in_proj_weight"][rows]
-        else:
-            weight = params[SEPARATE_WEIGHTS[rows.start]][None]
-        bias = params["in_proj_bias"][rows] if "in_proj_bias" in params else None
-        out = _linear(x, weight, bias, precision)
-        projected.extend(out[:, :, n] for n in range(out.shape[2]))
+        inputs = query, key, value
+    if "in_proj_weight" not in params:
+        projected = [
+            _linear(
+                x,
+                params[name],
+                None if bias is None else bias[n],
+                precision,
+            )
+            for n, (name, x) in enumerate(zip(SEPARATE_WEIGHTS, inputs, strict=False))
+        ]
+    else:
+        projected = []
+        for x, rows in _groups(*inputs):
+            out = _packed(x, rows, params["in_proj_weight"], bias, precision)
+            projected.extend(out[:, :, n] for n in range(out.shape[2]))
+    projected = list(map(checkpoint_name, projected, names))
     q, k, v = projected if len(projected) == 3 else (*projected, None, None)
     return q, k, v
 
 
-def _linear(x: Array, weight: Array, bias: Array | None, precision: Precision) -> Array:
-    """Returns the product plus bias, rounded once to the dtype of the weight.
+def _groups(
+    query: Query, key: Key | None = None, value: Value | None = None
+) -> list[tuple[Any, slice]]:
+    """Returns the inputs, and which of query, key and value each of them is."""
+    if key is None:
+        return [(query, slice(0, 1))]
+    if query is key is value:
+        return [(query, slice(0, 3))]
+    if key is value:
+        return [(query, slice(0, 1)), (key, slice(1, 3))]
+    return [(query, slice(0, 1)), (key, slice(1, 2)), (value, slice(2, 3))]
 
-    Args:
-        x: (batch, length, features).
-        weight: (..., features); so is the result, (batch, length, ...).
+
+def _packed(
+    x: Array, rows: slice, weight: Array, bias: Array | None, precision: Precision
+) -> Array:
+    """Returns (batch, length, rows, heads, head_dim)."""
+    if _is_quantized():
+        return _linear(x, weight, bias, precision)[:, :, rows]
+    bias = None if bias is None else bias[rows]
+    return _linear(x, weight[rows], bias, precision)
+
+
+def _cast(param: Any, dtype: DType) -> Any:
+    # The same object where it can be: so tools know that it is a parameter.
+    same = param.dtype == dtype and not isinstance(param, np.ndarray)
+    return param if same else jnp.asarray(param, dtype)
+
+
+def _is_quantized() -> bool:
+    """Whether Qwix replaces the products here. It knows weights only as a whole."""
+    if "qwix" not in sys.modules:
+        return False
+    from qwix import pallas  # pyright: ignore[reportMissingImports]
+
+    return pallas.get_current_rule("dot_general") is not None
+
+
+def _linear(
+    x: Array, weight: Array, bias: Array | None, precision: Precision, axes: int = 1
+) -> Array:
+    """Returns the product over the last axes of both, plus bias.
+
+    It is rounded once, to the dtype of the weight.
     """
     x, wide = jnp.asarray(x, weight.dtype), accumulation_dtype(weight.dtype)
+    over = range(x.ndim - axes, x.ndim), range(weight.ndim - axes, weight.ndim)
     product = functools.partial(
-        jnp.tensordot, axes=(-1, -1), precision=precision, preferred_element_type=wide
+        lax.dot_general, precision=precision, preferred_element_type=wide
     )
-    if x.shape[0] * x.shape[1] <= _FEW_TOKENS:
+    if x.shape[0] * x.shape[1] <= _FEW_TOKENS and not _is_quantized():
         # XLA's CPU compiler transposes the second factor, of which there is less here.
-        out = jnp.moveaxis(product(weight, x), (-2, -1), (0, 1))
+        out = product(weight, x, ((over[1], over[0]), ((), ())))
+        out = jnp.moveaxis(out, (-2, -1), (0, 1))
     else:
-        out = product(x, weight)
+        out = product(x, weight, (over, ((), ())))
     if bias is not None:
         out = out + bias.astype(wide)[None, None]
     return out.astype(x.dtype)

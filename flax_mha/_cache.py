@@ -60,8 +60,7 @@ class KeyValueCache:
 
         Args:
             batch: How many sequences; 1 for inputs without a batch.
-            length: Tokens of each that there is room for. A step reads all of it on
-                GPUs and TPUs, and on CPUs what is filled.
+            length: Tokens of each that there is room for.
             num_heads, head_dim: Those of the attention layer.
             dtype: What keys and values are rounded to, floating point.
 

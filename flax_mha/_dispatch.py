@@ -6,19 +6,21 @@ pass is the arguments, the result and the log of each row's sum, whichever kerne
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from flax_mha._call import Call, Gradients
+from flax_mha._call import Call
 from flax_mha._checks import arguments, layer
 from flax_mha._heads_first import HeadsFirst
 from flax_mha._kernels import KERNELS, blockwise, reference
 from flax_mha._layouts import Padded, Ragged
-from flax_mha._lowering import Target, at_lowering
+from flax_mha._lowering import Target, at_lowering, linear_at_lowering
 from flax_mha._mesh import varying, varying_axes
 from flax_mha._plan import Plan, is_whole
 from flax_mha._typing import (
@@ -64,7 +66,7 @@ def dot_product_attention(
     if implementation == "reference":
         attend = functools.partial(_by_definition, weights, precision)
         out, _, found = layout.forward(attend, call)
-        return out, found
+        return checkpoint_name(out, "context"), found
     layer.no_explicit_sharding(query=call.query, key=call.key, value=call.value)
     plan = Plan.of(
         jax.eval_shape(layout.padded, call),
@@ -101,16 +103,19 @@ def _forward(plan, layout, call) -> tuple[OutHeads, Array, Array | None]:
 
 
 def _choose_forward(plan: Plan, target: Target) -> Callable:
-    name = plan.kernel(target)
-    attend = functools.partial(
+    name, attend = plan.kernel(target), _plain(plan, target)
+    if name != "blockwise":
+        attend = _choose_fused(plan, name, attend)
+    return lambda layout, call: layout.forward(attend, call, on=(plan, target))
+
+
+def _plain(plan: Plan, target: Target) -> Callable:
+    return functools.partial(
         blockwise.forward,
         precision=plan.precision,
         weights=plan.weights,
         whole=is_whole(target),
     )
-    if name != "blockwise":
-        attend = _choose_fused(plan, name, attend)
-    return lambda layout, call: layout.forward(attend, call, on=(plan, target))
 
 
 def _choose_fused(plan: Plan, name: str, plain: Callable) -> Callable:
@@ -127,9 +132,78 @@ def _choose_fused(plan: Plan, name: str, plain: Callable) -> Callable:
     return fused
 
 
-def _backward(plan, with_bias: bool, *args) -> Gradients:
-    choose = functools.partial(_choose_backward, plan, with_bias)
-    return at_lowering(choose, *args)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(plan, layout, call):
+    out, _, weights = _forward(plan, layout, call)
+    return out, weights
+
+
+@functools.partial(_attend.defjvp, symbolic_zeros=True)
+def _attend_jvp(plan, primals, tangents):
+    layout, call = primals
+    out, lse, weights = _forward(plan, layout, call)
+    # Inside of the rule: a policy that saves these saves what the rule keeps.
+    out, lse = checkpoint_name(out, "context"), checkpoint_name(lse, "lse")
+    leaves = jax.tree.leaves(tangents[1])
+    is_moved = tuple(not isinstance(tangent, SymbolicZero) for tangent in leaves)
+    d_out, *d_weights = linear_at_lowering(
+        functools.partial(_choose_tangent, plan, is_moved),
+        functools.partial(_transpose, plan, is_moved),
+        (layout, call, out, lse),
+        list(itertools.compress(leaves, is_moved)),
+        [out] if weights is None else [out, weights],
+    )
+    return (out, weights), (d_out, d_weights[0] if d_weights else None)
+
+
+def _choose_tangent(plan: Plan, is_moved: tuple[bool, ...], target: Target) -> Callable:
+    """Returns what computes the tangents of out and weights, at linear memory."""
+    plain = _plain(plan, target)
+
+    def tangent(residuals, tangents):
+        layout, call, *_ = residuals
+        leaves, tree = jax.tree.flatten(call)
+
+        def attend(moved):
+            rest = iter(moved)
+            mixed = [
+                next(rest) if is_one else leaf
+                for leaf, is_one in zip(leaves, is_moved, strict=True)
+            ]
+            out, _, weights = layout.forward(plain, tree.unflatten(mixed))
+            return [out] if weights is None else [out, weights]
+
+        moved = list(itertools.compress(leaves, is_moved))
+        return jax.jvp(attend, (moved,), (tangents,))[1]
+
+    return tangent
+
+
+def _transpose(plan: Plan, is_moved: tuple[bool, ...], residuals, cotangents):
+    """Returns the gradients of what is moved."""
+    layout, call, out, lse = residuals
+    d_out, *d_weights = cotangents
+    d_out = jnp.zeros(out.shape, out.dtype) if d_out is None else d_out
+    d_weights = d_weights[0] if d_weights else None
+    tree = jax.tree.structure(call)
+    with_bias = any(tree.unflatten(is_moved).mask.attn_bias)
+    d_query, d_key, d_value, d_bias, d_scale, d_extra = at_lowering(
+        functools.partial(_choose_backward, plan, with_bias),
+        *(layout, call, out, lse, d_out, d_weights),
+    )
+    nothing = tree.unflatten([None] * tree.num_leaves)
+    d_mask = dataclasses.replace(
+        nothing.mask, attn_bias=d_bias or nothing.mask.attn_bias
+    )
+    gradients = nothing._replace(
+        query=d_query,
+        key=d_key,
+        value=d_value,
+        mask=d_mask,
+        scale=d_scale,
+        extra=d_extra,
+    )
+    return list(itertools.compress(tree.flatten_up_to(gradients), is_moved))
 
 
 def _choose_backward(plan: Plan, with_bias: bool, target: Target) -> Callable:
@@ -150,35 +224,4 @@ def _choose_backward(plan: Plan, with_bias: bool, target: Target) -> Callable:
     return backward
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, layout, call):
-    out, _, weights = _forward(plan, layout, call)
-    return out, weights
-
-
-def _attend_fwd(plan, *perturbed):
-    layout, call = jax.tree.map(lambda primal: primal.value, perturbed)
-    out, lse, weights = _forward(plan, layout, call)
-    with_bias = any(bias.perturbed for bias in perturbed[1].mask.attn_bias)
-    # What JAX keeps are arrays, and the tree that they are in: () or None.
-    return (out, weights), (layout, call, out, lse, () if with_bias else None)
-
-
-def _attend_bwd(plan, residuals, cotangents):
-    layout, call, out, lse, with_bias = residuals
-    d_out, d_weights = cotangents
-    if isinstance(d_out, SymbolicZero):
-        d_out = jnp.zeros(out.shape, out.dtype)
-    if isinstance(d_weights, SymbolicZero):
-        d_weights = None
-    with_bias = with_bias is not None
-    d_query, d_key, d_value, d_bias, d_scale, d_extra = _backward(
-        plan, with_bias, layout, call, out, lse, d_out, d_weights
-    )
-    d_mask = call.mask.map(lambda _: None)
-    d_mask = dataclasses.replace(d_mask, attn_bias=d_bias or d_mask.attn_bias)
-    return None, Call(d_query, d_key, d_value, d_mask, d_scale, None, d_extra)
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 _attend_jit = jax.jit(_attend, static_argnums=0)

@@ -19,7 +19,7 @@ import numpy as np
 from flax_mha._call import Call, Gradients, Places
 from flax_mha._kernels import ragged
 from flax_mha._kernels._blocks import WHOLE_LOGITS
-from flax_mha._lowering import ANY, Target
+from flax_mha._lowering import Target
 from flax_mha._plan import Plan, is_whole
 from flax_mha._ragged.array import RaggedArray
 from flax_mha._ragged.tokens import take_tokens
@@ -208,7 +208,7 @@ class Ragged(Places):
         return out, lse, jnp.where(_is_weight(queries, keys, weights), weights, 0)
 
     def _is_padded(self, plan: Plan, target: Target) -> bool:
-        if target == ANY or plan.kernel(target) != "blockwise":
+        if target.platform == "any" or plan.kernel(target) != "blockwise":
             return True
         # As few logits as fit into one block: faster than to go from one to another.
         return is_whole(target) and math.prod(plan.logits) <= WHOLE_LOGITS

@@ -1,31 +1,40 @@
 """The parameter table: PyTorch's names and bytes, reshaped so that heads are an axis.
 
 The modules, the converter and the sharding rules read this table; nobody else knows a
-parameter's shape. Nothing is ever transposed, so converting is a view.
+parameter's shape. Nothing is ever transposed, so converting is a view. JAX is imported
+where a parameter is made: who only looks into a file needs none.
 """
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING, Literal
 
-import jax
-import jax.numpy as jnp
-from flax.typing import Initializer
+import numpy as np
+
+if TYPE_CHECKING:
+    from flax.typing import Initializer
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+# What the modules' `..._init` and `..._metadata` arguments are for.
+Kind = Literal["kernel", "bias", "bias_kv", "out_kernel", "out_bias"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """One parameter: how PyTorch shapes it, how we do, and how it starts."""
 
+    kind: Kind
     torch_shape: tuple[int, ...]
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # one logical name for each axis of `shape`
-    init: Initializer
+    init: "Initializer"
 
 
-def uniform(bound: float) -> Initializer:
-    def init(rng, shape, dtype=jnp.float32, out_sharding=None):
+def uniform(bound: float) -> "Initializer":
+    def init(rng, shape, dtype=np.float32, out_sharding=None):
+        import jax
+
         return jax.random.uniform(
             rng, shape, dtype, -bound, bound, out_sharding=out_sharding
         )
@@ -33,7 +42,22 @@ def uniform(bound: float) -> Initializer:
     return init
 
 
-def xavier_uniform(rows: int, columns: int) -> Initializer:
+def zeros(rng, shape, dtype=np.float32, out_sharding=None):
+    import jax
+
+    return jax.nn.initializers.zeros(rng, shape, dtype, out_sharding)
+
+
+def normal(deviation: float) -> "Initializer":
+    def init(rng, shape, dtype=np.float32, out_sharding=None):
+        import jax
+
+        return jax.nn.initializers.normal(deviation)(rng, shape, dtype, out_sharding)
+
+    return init
+
+
+def xavier_uniform(rows: int, columns: int) -> "Initializer":
     """Glorot and Bengio's uniform initialiser for PyTorch's (rows, columns) matrix.
 
     The fans are those of the matrix as PyTorch stores it: the packed (3E, E) matrix
@@ -66,6 +90,7 @@ def parameter_table(
 
     def projection(features: int) -> ParamSpec:
         return ParamSpec(
+            kind="kernel",
             torch_shape=(embed_dim, features),
             shape=(*heads, features),
             axes=("heads", "head_dim", "embed"),
@@ -75,6 +100,7 @@ def parameter_table(
     table = {}
     if packed:
         table["in_proj_weight"] = ParamSpec(
+            kind="kernel",
             torch_shape=(3 * embed_dim, embed_dim),
             shape=(3, *heads, embed_dim),
             axes=("qkv", "heads", "head_dim", "embed"),
@@ -85,21 +111,24 @@ def parameter_table(
         table.update(zip(SEPARATE_WEIGHTS, map(projection, sources), strict=True))
     if bias:
         table["in_proj_bias"] = ParamSpec(
+            kind="bias",
             torch_shape=(3 * embed_dim,),
             shape=(3, *heads),
             axes=("qkv", "heads", "head_dim"),
-            init=jax.nn.initializers.zeros,
+            init=zeros,
         )
     if add_bias_kv:
         for name in ("bias_k", "bias_v"):
             table[name] = ParamSpec(
+                kind="bias_kv",
                 torch_shape=(1, 1, embed_dim),
                 shape=heads,
                 axes=("heads", "head_dim"),
                 # torch.nn.init.xavier_normal_ of a (1, 1, E) tensor: both fans are E.
-                init=jax.nn.initializers.normal(embed_dim**-0.5),
+                init=normal(embed_dim**-0.5),
             )
     table["out_proj.weight"] = ParamSpec(
+        kind="out_kernel",
         torch_shape=(embed_dim, embed_dim),
         shape=(embed_dim, *heads),
         axes=("embed", "heads", "head_dim"),
@@ -107,9 +136,10 @@ def parameter_table(
     )
     if bias:
         table["out_proj.bias"] = ParamSpec(
+            kind="out_bias",
             torch_shape=(embed_dim,),
             shape=(embed_dim,),
             axes=("embed",),
-            init=jax.nn.initializers.zeros,
+            init=zeros,
         )
     return table

@@ -1,12 +1,14 @@
 """What is decided about a call when it is traced, and what when it is lowered."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.core
 
 from flax_mha._call import Call
 from flax_mha._kernels import KERNELS
-from flax_mha._lowering import ANY, Target
+from flax_mha._lowering import Target
 from flax_mha._typing import Precision, Weighting
 
 FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
@@ -52,12 +54,11 @@ class Plan(NamedTuple):
         """
 
         def reasons(kernel):
-            never = kernel.missing() or kernel.unsupported(call)
+            never = kernel.missing() or _asked(kernel.unsupported, call)
             if never is not None:
                 return Reasons(never)
-            return Reasons(
-                None, kernel.unwise(call) or unwise, kernel.indivisible(call)
-            )
+            unnamed = _asked(kernel.unwise, call) or unwise
+            return Reasons(None, unnamed, kernel.indivisible(call))
 
         if precision is None:  # kernels are traced later, outside of this context
             precision = jax.config.jax_default_matmul_precision  # pyright: ignore
@@ -76,7 +77,7 @@ class Plan(NamedTuple):
 
     def kernel(self, target: Target) -> str:
         """Returns the name of the kernel that runs on `target`."""
-        if target == ANY:
+        if target.platform == "any":
             return "blockwise"
         name = self.implementation or FUSED.get(target.platform, "blockwise")
         reason = self.reason(name, target)
@@ -95,6 +96,13 @@ class Plan(NamedTuple):
         unnamed = reasons.unnamed if self.implementation is None else None
         divided = reasons.divided if target.partitioned else None
         return reasons.never or unnamed or divided
+
+
+def _asked(question: Callable[[Call], str | None], call: Call) -> str | None:
+    try:
+        return question(call)
+    except jax.core.InconclusiveDimensionOperation:
+        return f"the sizes {call.logits} are not all known when it is exported"
 
 
 def is_whole(target: Target) -> bool:

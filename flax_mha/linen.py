@@ -1,21 +1,24 @@
 """`MultiheadAttention` for flax.linen: declares parameters, computes nothing."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 
 from flax_mha import _masks
-from flax_mha._attention import multi_head_attention
+from flax_mha._attention import multi_head_attention, project_out
 from flax_mha._cache import KeyValueCache
 from flax_mha._checks import arguments, layer
 from flax_mha._checks import cache as cache_checks
+from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
-from flax_mha._kernels import KERNELS
-from flax_mha._params import ParamSpec, parameter_table
+from flax_mha._initializers import with_initializers
+from flax_mha._params import Kind, ParamSpec, parameter_table
 from flax_mha._ragged.array import RaggedArray
-from flax_mha._typing import Array, ArrayLike, DType, Precision, Sequences
+from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
 
 class MultiheadAttention(nn.Module):
@@ -36,8 +39,8 @@ class MultiheadAttention(nn.Module):
         bias: Add `in_proj_bias` and `out_proj.bias`.
         add_bias_kv: Append a learned key and value (`bias_k`, `bias_v`) to the others.
         add_zero_attn: Append a key and value of zeros.
-        kdim: Features of key; `embed_dim` if None.
-        vdim: Features of value; `embed_dim` if None.
+        kdim: Features of key; None: `embed_dim`.
+        vdim: Features of value; None: `embed_dim`.
         batch_first: Inputs are (batch, length, features), not PyTorch's default
             (length, batch, features).
         device: `jax.Device` or `jax.sharding.Sharding` to create parameters on.
@@ -53,6 +56,16 @@ class MultiheadAttention(nn.Module):
             (everywhere; memory linear in the lengths), "splash" (TPU), or "reference"
             (all logits at once; allows `jax.jvp`). None: the best that can, for the
             platform compiled for; see `flax_mha.explain`.
+        kernel_init: Draws the weights of the in-projection, as a matrix (in_features,
+            out_features); None: PyTorch's way.
+        out_kernel_init: Draws that of the out-projection; None: `kernel_init`.
+        bias_init: Draws `in_proj_bias`, (3, num_heads, head_dim); None: zeros.
+        out_bias_init: Draws `out_proj.bias`, (embed_dim,); None: `bias_init`.
+        bias_kv_init: Draws `bias_k` and `bias_v`, (num_heads, head_dim); None:
+            PyTorch's way.
+        logical_axes: Box parameters in `nn.LogicallyPartitioned`, for
+            `nn.get_partition_spec` and `nn.logical_to_mesh_sharding`. The names are
+            "qkv", "heads", "head_dim" and "embed".
         decode: Keep keys and values in the "cache" collection, as a `KeyValueCache`,
             and attend to all that it holds; see `docs/decoding.md`. `init` makes room
             for as many tokens as its key has.
@@ -80,18 +93,18 @@ class MultiheadAttention(nn.Module):
     decode: bool = False
     cache_dtype: DType | None = None
 
+    kernel_init: Initializer | None = None
+    out_kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+    out_bias_init: Initializer | None = None
+    bias_kv_init: Initializer | None = None
+    logical_axes: bool = False
+
     def __post_init__(self):
-        layer.sizes(self.embed_dim, self.num_heads, self.kdim, self.vdim)
-        arguments.probability("dropout", self.dropout)
-        arguments.floating_dtype("param_dtype", self.param_dtype)
-        if self.dtype is not None:
-            arguments.floating_dtype("dtype", self.dtype)
+        checks.constructor(self, self.device)
+        arguments.python_bools(logical_axes=self.logical_axes, decode=self.decode)
         if self.cache_dtype is not None:
             arguments.floating_dtype("cache_dtype", self.cache_dtype)
-        arguments.python_bools(decode=self.decode)
-        arguments.one_of("implementation", self.implementation, KERNELS)
-        self.kdim = self.embed_dim if self.kdim is None else self.kdim
-        self.vdim = self.embed_dim if self.vdim is None else self.vdim
         super().__post_init__()
 
     @property
@@ -111,6 +124,7 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
         *,
         deterministic: bool | None = None,
+        sow_weights: bool = False,
     ) -> tuple[Sequences, Array | None]:
         """Attends from `query` to `key` and `value`, as `torch.nn.MultiheadAttention`.
 
@@ -136,7 +150,9 @@ class MultiheadAttention(nn.Module):
                 if `need_weights=False` and there is no `key_padding_mask`, and does
                 nothing otherwise.
             deterministic: If False, apply dropout, drawn from the "dropout" rng, given
-                as `apply(..., rngs={"dropout": key})`.
+                as `apply(..., rngs={"dropout": key})`, or else from "params".
+            sow_weights: Also record the weights that are returned, as
+                "attention_weights" of the "intermediates".
 
         With `decode=True`, except in `init`: key and value are appended to the cache,
         which `apply(..., mutable=["cache"])` returns, or are None, and all that it then
@@ -163,7 +179,18 @@ class MultiheadAttention(nn.Module):
         >>> out.shape, weights.shape
         ((1, 3, 8), (1, 3, 3))
         """
-        params = self._parameters()
+        checks.sown_weights(sow_weights, need_weights)
+        table = self._table()
+        names = [name for name in table if name.startswith("out_proj.")]
+        out_proj = _OutProjection(
+            {name.removeprefix("out_proj."): table.pop(name) for name in names},
+            self.param_dtype,
+            self.device,
+            self.precision,
+            name="out_proj",
+        )
+        params = _declare(self, table)
+        params |= {f"out_proj.{name}": p for name, p in out_proj.params.items()}
         cache = self._cache(params, query, key) if self.decode else None
         out, weights, *cached = multi_head_attention(
             params,
@@ -182,9 +209,12 @@ class MultiheadAttention(nn.Module):
             dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
+            out_proj=out_proj,
         )
         if key is not None and cached:
             self.put_variable("cache", "kv", *cached)
+        if sow_weights:
+            self.sow("intermediates", "attention_weights", weights)
         return out, weights
 
     def merge_masks(
@@ -214,18 +244,17 @@ class MultiheadAttention(nn.Module):
         if self.has_variable("cache", "kv"):
             return self.get_variable("cache", "kv")
         cache_checks.can_be_made(self.is_initializing(), key)
+        dtype = self.cache_dtype or self.dtype
+        dtype = dtype or jnp.result_type(query, key, *params.values())
         batch, length = 1, key.shape[0]
         if key.ndim == 3:
             is_first = self.batch_first or isinstance(key, RaggedArray)
             batch, length = key.shape[:2] if is_first else key.shape[1::-1]
-        dtype = self.cache_dtype or self.dtype
-        dtype = dtype or jnp.result_type(query, key, *params.values())
-        sizes = batch, length, self.num_heads, self.head_dim
-        self.put_variable("cache", "kv", KeyValueCache.empty(*sizes, dtype))
+        cache = KeyValueCache.empty(batch, length, self.num_heads, self.head_dim, dtype)
+        self.put_variable("cache", "kv", cache)
         return None
 
-    def _parameters(self) -> dict[str, Array]:
-        """Declares the parameters; returns them by PyTorch's name."""
+    def _table(self) -> dict[str, ParamSpec]:
         table = parameter_table(
             self.embed_dim,
             self.num_heads,
@@ -234,39 +263,49 @@ class MultiheadAttention(nn.Module):
             bias=self.bias,
             add_bias_kv=self.add_bias_kv,
         )
-        out_proj = {
-            name.removeprefix("out_proj."): table.pop(name)
-            for name in list(table)
-            if name.startswith("out_proj.")
+        inits: dict[Kind, Initializer | None] = {
+            "kernel": self.kernel_init,
+            "out_kernel": self.out_kernel_init,
+            "bias": self.bias_init,
+            "out_bias": self.out_bias_init,
+            "bias_kv": self.bias_kv_init,
         }
-        params = _declare(self, table)
-        for name, param in _Parameters(
-            out_proj, self.param_dtype, self.device, name="out_proj"
-        )().items():
-            params[f"out_proj.{name}"] = param
-        return params
+        table = with_initializers(table, inits)
+        if not self.logical_axes:
+            return table
+        return {
+            name: dataclasses.replace(spec, init=_boxed(spec.init, spec.axes))
+            for name, spec in table.items()
+        }
 
     def _dropout(self, deterministic: bool | None) -> Dropout | None:
         if self.dropout == 0:
             return None
         if deterministic is None:
             deterministic = self.deterministic
-        layer.dropout_call(self.dropout, deterministic, self.has_rng("dropout"))
+        checks.dropout_call(
+            self.dropout,
+            deterministic,
+            has_rng=self.has_rng("dropout") or self.has_rng("params"),
+            how='apply(..., rngs={"dropout": key})',
+        )
         if deterministic:
             return None
         return Dropout.from_rng(self.make_rng("dropout"), self.dropout)
 
 
-class _Parameters(nn.Module):
-    """Parameters under a name of their own in the tree."""
-
+class _OutProjection(nn.Module):
     specs: dict[str, ParamSpec]
     param_dtype: DType
     device: Any
+    precision: Precision
 
-    @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        return _declare(self, self.specs)
+    def setup(self):
+        self.params = _declare(self, self.specs)
+
+    def __call__(self, attended: OutHeads) -> Array:
+        weight, bias = self.params["weight"], self.params.get("bias")
+        return project_out(attended, weight, bias, self.precision)
 
 
 def _declare(module: nn.Module, specs: dict[str, ParamSpec]) -> dict[str, Array]:
@@ -275,3 +314,12 @@ def _declare(module: nn.Module, specs: dict[str, ParamSpec]) -> dict[str, Array]
         return param if module.device is None else jax.device_put(param, module.device)
 
     return {name: module.param(name, init, spec) for name, spec in specs.items()}
+
+
+def _boxed(init: Initializer, axes: tuple[str, ...]) -> Initializer:
+    def boxed(*args):
+        value = init(*args)
+        is_boxed = isinstance(value, nn.meta.AxisMetadata)
+        return value if is_boxed else nn.LogicallyPartitioned(value, axes)
+
+    return boxed

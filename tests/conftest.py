@@ -18,7 +18,6 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import flax_mha
@@ -41,6 +40,5 @@ def _names_in_doctests(doctest_namespace):
     doctest_namespace.update(
         jax=jax,
         jnp=jnp,
-        np=np,
         MultiheadAttention=flax_mha.MultiheadAttention,
     )

@@ -191,7 +191,7 @@ def test_diff_compares_parameters_without_a_conversion_by_their_paths(folder, ca
 ERRORS = {
     "no_file": (["inspect", "none.safetensors"], "none.safetensors"),
     "broken": (["inspect", "broken.safetensors"], "is not a whole safetensors file"),
-    "other_file": (["inspect", "notes.txt"], "path must "),
+    "other_file": (["inspect", "notes.txt"], "is cut off, or no file of P"),
     "neither": (
         ["diff", "notes.txt", "notes.txt"],
         "As what convert wrote: 'notes.txt' is not a whole safetensors file",

@@ -10,10 +10,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import flax_mha.nnx
 from flax_mha import KeyValueCache, MultiheadAttention, RaggedArray
 from flax_mha._attention import multi_head_attention
 from flax_mha._params import parameter_table
@@ -480,6 +482,32 @@ def test_decode_without_a_cache_is_refused():
         layer().apply({"params": variables["params"]}, x, x, x)
     with raises(ValueError, "key must be given to init with decode=True"):
         layer().init(jax.random.key(0), x, None, None)
+
+
+def test_nnx_keeps_the_cache_in_a_variable():
+    x = normal(BATCH, 9, EMBED, seed=12, dtype=np.float32)
+    plain = flax_mha.nnx.MultiheadAttention(
+        EMBED, HEADS, batch_first=True, rngs=nnx.Rngs(0)
+    )
+    want, _ = plain(x, x, x, is_causal=True)
+    mha = nnx.view(plain, decode=True, batch_size=BATCH, max_length=9)
+    assert plain.cache is None and not plain.decode
+
+    @nnx.jit
+    def step(mha, x):
+        return mha(x, x, x, is_causal=True, need_weights=False)[0]
+
+    out = [step(mha, x[:, :7]), step(mha, x[:, 7:8]), step(mha, x[:, 8:])]
+    np.testing.assert_allclose(jnp.concatenate(out, axis=1), want, atol=3e-6)
+    (cache,) = jax.tree.leaves(
+        nnx.to_pure_dict(nnx.state(mha, nnx.Cache)),
+        is_leaf=lambda x: isinstance(x, KeyValueCache),
+    )
+    assert cache.position.tolist() == [9, 9]
+    mha.init_cache(1, 5, dtype="bfloat16")
+    assert mha.cache.get_value().dtype == jnp.bfloat16
+    with raises(ValueError, "decode=True needs a cache: call init_cache"):
+        nnx.view(plain, decode=True)(x, x, x)
 
 
 class Twice(nn.Module):

@@ -1,4 +1,6 @@
-"""The Flax side of the module: what PyTorch has no counterpart for."""
+"""The linen side of the module: what PyTorch has no counterpart for."""
+
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -231,4 +233,125 @@ def test_unknown_implementation_is_refused(x, variables):
 
 def test_torch_attributes_can_be_read():
     mha = MultiheadAttention(8, 2, vdim=6)
-    assert (mha.kdim, mha.vdim, mha.head_dim, mha.batch_first) == (8, 6, 4, False)
+    assert (mha.kdim, mha.vdim, mha.head_dim, mha.batch_first) == (None, 6, 4, False)
+
+
+CHANGES = {
+    "constructor": lambda **sizes: MultiheadAttention(num_heads=2, **sizes),
+    "copy": lambda embed_dim, **kdim: MultiheadAttention(8, 2, **kdim).copy(
+        embed_dim=embed_dim
+    ),
+    "clone": lambda embed_dim, **kdim: MultiheadAttention(8, 2, **kdim).clone(
+        embed_dim=embed_dim
+    ),
+    "replace": lambda embed_dim, **kdim: dataclasses.replace(
+        MultiheadAttention(8, 2, **kdim), embed_dim=embed_dim
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("kdim", [{}, {"kdim": 8}])
+def test_changed_embed_dim_gives_the_constructors_module(change, kdim, getkey):
+    x, key = (jnp.ones((3, n), jnp.float32) for n in (16, kdim.get("kdim", 16)))
+    params = change(embed_dim=16, **kdim).init(getkey(), x, key, x)["params"]
+    shapes = {name: p.shape for name, p in params.items() if "weight" in name}
+    if kdim:  # what was given stays
+        assert shapes["k_proj_weight"] == (2, 8, 8)
+    else:
+        assert shapes == {"in_proj_weight": (3, 2, 8, 16)}
+
+
+@pytest.mark.parametrize("rngs", ["params", "dropout"])
+def test_dropout_draws_from_its_stream_or_else_from_params(rngs, x, variables, getkey):
+    mha = module(dropout=0.5, deterministic=False)
+    out, _ = mha.apply(variables, x, x, x, rngs={rngs: getkey()})
+    assert not np.allclose(out, module().apply(variables, x, x, x)[0])
+    mha.init(getkey(), x, x, x)  # one key is for all streams
+
+
+AXES = {
+    "in_proj_bias": ("qkv", "heads", "head_dim"),
+    "in_proj_weight": ("qkv", "heads", "head_dim", "embed"),
+    "out_proj": {"bias": ("embed",), "weight": ("embed", "heads", "head_dim")},
+}
+
+
+def test_logical_axes_are_boxed_on_request(x, variables, getkey):
+    mha = module(logical_axes=True)
+    boxed = mha.init(getkey(), x, x, x)
+    names = nn.get_partition_spec(boxed)["params"]
+    assert names == jax.tree.map(
+        lambda axes: jax.P(*axes), AXES, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        mha.apply(boxed, x, x, x),
+        module().apply(nn.unbox(boxed), x, x, x),
+    )
+    assert not isinstance(jax.tree.leaves(variables)[0], nn.Partitioned)
+
+
+def test_logical_axes_get_that_of_nn_scan(x, getkey):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return module(logical_axes=True, name="attn")(x, x, x)[0], None
+
+    stack = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=4,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )()
+    specs = nn.get_partition_spec(stack.init(getkey(), x, None))["params"]["attn"]
+    assert specs["in_proj_bias"] == jax.P("layers", "qkv", "heads", "head_dim")
+    assert specs["out_proj"]["weight"] == jax.P("layers", "embed", "heads", "head_dim")
+
+
+def test_logical_axes_become_shardings_by_rules(x, getkey):
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((3,), ("model",), axis_types=auto, devices=jax.devices()[:3])
+    mha = module(logical_axes=True)
+    specs = nn.get_partition_spec(jax.eval_shape(mha.init, getkey(), x, x, x))
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, [("heads", "model")])
+    variables = jax.jit(mha.init, out_shardings=shardings)(getkey(), x, x, x)
+    weight = nn.unbox(variables)["params"]["out_proj"]["weight"]
+    assert weight.sharding.shard_shape(weight.shape) == (E, 1, E // H)
+
+
+def test_initializers_draw_as_flax_layers_do(x, getkey):
+    """Matrices as (in_features, out_features): the fans are those of a Dense."""
+    ones = nn.initializers.ones
+    mha = MultiheadAttention(
+        64, 4, kernel_init=nn.initializers.lecun_normal(), bias_init=ones, kdim=16
+    )
+    rows = [jnp.ones((1, width), jnp.float32) for width in (64, 16, 64)]
+    params = mha.init(getkey(), *rows)["params"]
+    np.testing.assert_allclose(params["q_proj_weight"].std(), 1 / 8, rtol=0.1)
+    np.testing.assert_allclose(params["k_proj_weight"].std(), 1 / 4, rtol=0.1)
+    np.testing.assert_allclose(params["out_proj"]["weight"].std(), 1 / 8, rtol=0.1)
+    for bias in (params["in_proj_bias"], params["out_proj"]["bias"]):
+        assert (bias == 1).all()
+
+
+def test_an_initializer_may_box(x, getkey):
+    axes = ("heads", "head_dim", "embed")
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("qkv", *axes))
+    mha = module(kernel_init=init, out_kernel_init=nn.initializers.zeros)
+    specs = nn.get_partition_spec(mha.init(getkey(), x, x, x))["params"]
+    assert specs["in_proj_weight"] == jax.P("qkv", *axes)
+    assert specs["out_proj"]["weight"] == jax.P()
+
+
+def test_weights_are_sown_on_request(x, variables):
+    (_, weights), sown = module().apply(
+        variables, x, x, x, sow_weights=True, mutable="intermediates"
+    )
+    (recorded,) = sown["intermediates"]["attention_weights"]
+    np.testing.assert_array_equal(recorded, weights)
+    _, sown = module().apply(variables, x, x, x, mutable="intermediates")
+    assert not sown
+    with pytest.raises(ValueError, match="need_weights must be True"):
+        module().apply(variables, x, x, x, need_weights=False, sow_weights=True)

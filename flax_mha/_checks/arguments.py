@@ -50,7 +50,17 @@ def size(name: str, value: int) -> None:
 
 
 def floating_dtype(name: str, dtype: DType) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        # NumPy takes None for float64.
+        is_floating = dtype is not None and jnp.issubdtype(
+            jnp.dtype(dtype), jnp.floating
+        )
+    except TypeError:  # PyTorch's, or a word of its own
+        raise TypeError(
+            f"{name} must be a dtype of JAX or NumPy, such as jnp.float32 or "
+            f"'bfloat16'; got {dtype!r}."
+        ) from None
+    if not is_floating:
         raise TypeError(f"{name} must be a floating-point dtype, got {dtype}.")
 
 
@@ -95,6 +105,7 @@ def describe(value: Any) -> str:
         return f"an array of shape {value.shape}"
     if value is None or isinstance(value, str | numbers.Number):
         return repr(value)
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix(
-        "builtins."
-    )
+    module = type(value).__module__
+    if module.startswith("flax_mha."):  # where users find it
+        module = "flax_mha"
+    return f"{module}.{type(value).__qualname__}".removeprefix("builtins.")

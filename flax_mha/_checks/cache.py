@@ -87,3 +87,11 @@ def can_be_made(is_initializing: bool, key: Any) -> None:
             "key must be given to init with decode=True, as long as the cache is to "
             "be; got None."
         )
+
+
+def has_been_made(cache: Any) -> None:
+    if cache is None:
+        raise ValueError(
+            "decode=True needs a cache: call init_cache, or nnx.view with decode=True, "
+            "batch_size and max_length; got none."
+        )

@@ -219,21 +219,6 @@ def static_heads(
     return lengths[0]
 
 
-def dropout_call(rate: float, deterministic: bool | None, has_rng: bool) -> None:
-    """Checks what a call of a module with dropout needs."""
-    if deterministic is None:
-        raise ValueError(
-            "deterministic must be given, to the constructor or the call, if "
-            f"dropout={rate}: False in training, True otherwise; got None."
-        )
-    arguments.python_bools(deterministic=deterministic)
-    if not deterministic and not has_rng:
-        raise ValueError(
-            f"if dropout={rate} and deterministic=False, rngs must hold a key, as in "
-            'apply(..., rngs={"dropout": key}); got none.'
-        )
-
-
 def no_explicit_sharding(**arrays: Array) -> None:
     """Checks that no array is divided over axes that JAX wants spelled out."""
     for name, array in arrays.items():

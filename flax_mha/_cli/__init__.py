@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ exit codes:
   0  all is well
   1  verify or diff found differences
   2  wrong usage, or a file that is missing, broken or of another kind
-  130  interrupted
+  130  interrupted (143: terminated)
 """
 _CONVERT_EXAMPLES = """\
 examples:
@@ -39,6 +40,8 @@ def program() -> None:
     """Runs the command line, and ends the process."""
     # When Orbax fails, TensorStore's threads go on, and find nobody to report to.
     sys.unraisablehook = lambda _: None
+    # As an interrupt does, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
 
 

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from flax_mha import convert
 from flax_mha.convert._arrays import few, specs
-from flax_mha.convert._conversion import flatten
 
 _LONGEST_LIST = 10
 # What messages advise in Python: {pattern: what it is on the command line}.
@@ -171,7 +170,7 @@ def diff(args: argparse.Namespace) -> int:
     return 1 if rows else 0
 
 
-def _sizes(layer: convert.AttentionLayer) -> list[str]:
+def _sizes(layer: "convert.AttentionLayer") -> list[str]:
     """Returns what distinguishes a layer, in words."""
     features = f"{layer.embed_dim}"
     if (layer.kdim, layer.vdim) != (layer.embed_dim, layer.embed_dim):
@@ -194,10 +193,12 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
             raise ValueError(
                 f"{not_theirs} As what convert wrote: {not_ours}"
             ) from None
+    from flax_mha.convert._conversion import flatten  # and JAX
+
     return conversion.state_dict(params) if conversion else flatten(params)
 
 
-def _load_converted(path: Path) -> tuple[dict[str, Any], convert.Conversion]:
+def _load_converted(path: Path) -> tuple[dict[str, Any], "convert.Conversion"]:
     params, conversion = convert.load_params(path)
     if conversion is None:
         raise ValueError(

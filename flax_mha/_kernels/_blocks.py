@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -56,6 +57,9 @@ def block_sizes(
         whole: Blocks hold all sequences and heads, so that XLA can divide these among
             devices, and 64 MiB of logits, which the vector memory of a TPU can hold.
     """
+    if not all(isinstance(length, int) for length in (tgt_len, src_len)):
+        # Symbolic in an export: nothing is known to be a part of it.
+        return BlockSizes(1, 1, tgt_len, src_len)
     if whole:
         return _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal)
     logits = 2**19
@@ -69,11 +73,17 @@ def block_sizes(
     columns = _even_split(src_len, limit)
     budget = 1 if weights == "mean" else logits // (rows * columns)
     block_heads = _largest_divisor(heads, budget)
-    block_batch = _largest_divisor(batch, budget // heads)
+    block_batch = 1
+    if isinstance(batch, int):  # not symbolic
+        block_batch = _largest_divisor(batch, budget // heads)
     return BlockSizes(block_batch, block_heads, rows, columns)
 
 
 def _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal):
+    if not isinstance(batch, int):  # but symbolic
+        return BlockSizes(
+            batch, heads, _even_split(tgt_len, 128), _even_split(src_len, 512)
+        )
     logits = WHOLE_LOGITS // max(batch * heads, 1)
     if tgt_len * src_len <= logits:
         return BlockSizes(batch, heads, max(tgt_len, 1), max(src_len, 1))
@@ -123,7 +133,9 @@ class Blocks:
             return carry
         if steps == 1:
             return one_block(carry, jnp.int32(0))
-        # A scan, not a fori_loop: it can be differentiated again.
+        # A scan, not a fori_loop: it can be differentiated again. Then a block is
+        # computed again too, or all logits would be kept for that.
+        one_block = jax.checkpoint(one_block, prevent_cse=False)
         numbers = jnp.arange(steps, dtype=jnp.int32)
         return lax.scan(lambda c, n: (one_block(c, n), None), carry, numbers)[0]
 
@@ -170,8 +182,9 @@ class Blocks:
     def read(self, x: Array, corner: "Corner", columns: int, column=0) -> Array:
         """Returns the block's part of (#batch, #heads, #tgt, src)."""
         start = [0 if x.shape[n] == 1 else at for n, at in enumerate(corner.at(column))]
-        sizes = (*self.sizes[:3], columns)
-        return slice_at(x, start, tuple(map(min, x.shape, sizes)))
+        pairs = zip(x.shape, self.sizes, strict=False)
+        sizes = [1 if full == 1 else size for full, size in pairs]
+        return slice_at(x, start, (*sizes[:3], min(x.shape[3], columns)))
 
     def write(self, x: Array, part: Array, corner: "Corner") -> Array:
         return update_at(x, part.astype(x.dtype), corner.at())

@@ -1,7 +1,11 @@
 """A few queries to many keys that lie heads first, (batch, heads, src, dim).
 
-As caches lie: what one query multiplies with is read as it is, and once. On CPUs by
-blocks of keys, of which there is none behind the last key that a sequence holds.
+As caches lie: what one query multiplies with is read as it is, and once. The logits of so
+few are less than the keys, so they may all exist at once.
+
+But XLA's CPU compiler copies all the keys for a batch of one, and where it has to convert
+them. There, they are taken by blocks, a sequence at a time, and none behind the last key
+that it holds.
 """
 
 import dataclasses
@@ -46,9 +50,11 @@ def forward(
         read: Returns the numbers of a part of keys or values.
         whole: Takes all sequences and keys at once, as GPUs and TPUs should.
     """
-    work = _Work(call, read, precision)
     batch, _, src_len, _ = call.key.shape
-    if whole or src_len <= _COLUMNS:
+    whole = whole or src_len <= _COLUMNS
+    whole = whole or (batch > 1 and call.key.dtype == call.query.dtype)
+    work = _Work(call, read, precision)
+    if whole:
         running = work.over_keys(_Part(0, batch, src_len), src_len)
     else:
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,8 +47,6 @@ class RaggedArray:
     >>> x.map(jnp.tanh).to_padded().shape
     (2, 8, 8)
     """
-
-    __module__ = "flax_mha"  # where users find it
 
     values: Array
     offsets: ArrayLike
@@ -324,6 +323,14 @@ class RaggedArray:
             f"RaggedArray({elements}, features={self.values.shape[1:]}, "
             f"{self.dtype}, capacity={self.capacity}, max_len={self.max_len})"
         )
+
+
+jax.export.register_pytree_node_serialization(
+    RaggedArray,
+    serialized_name="flax_mha.RaggedArray",
+    serialize_auxdata=lambda max_len: str(max_len).encode(),
+    deserialize_auxdata=lambda text: int(text),
+)
 
 
 def _briefly(value: Any) -> str:

@@ -1,10 +1,11 @@
 """Tensors as NumPy arrays, bit for bit, and what is known of them without reading."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
+import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
@@ -12,12 +13,30 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class LazyArray:
-    """A tensor in a file: what it is, and how to read it into a new array."""
+class Spec:
+    """What a tensor is, without its values; where there is no JAX, a ShapeDtypeStruct.
+
+    Attributes:
+        shape: Its sizes.
+        dtype: NumPy's, or one of those that JAX adds.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray(Spec):
+    """A tensor in a file: what it is, and how to read it into a new array."""
+
+    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
 
 def as_numpy(tensor: Any, name: str) -> np.ndarray:
@@ -32,14 +51,18 @@ def as_numpy(tensor: Any, name: str) -> np.ndarray:
         ValueError: It is a torch tensor without a plain array of values: on PyTorch's
             "meta" device, sparse or quantized.
     """
-    if isinstance(tensor, np.ndarray | jax.Array):
-        return np.asarray(tensor)
+    if isinstance(tensor, np.ndarray):
+        return tensor
     if hasattr(tensor, "detach"):  # of a torch tensor; torch may not be installed
         return _torch_as_numpy(tensor, name)
+    import jax  # if it is not there yet, neither is an array of it
+
+    if isinstance(tensor, jax.Array):
+        return np.asarray(tensor)
     raise _not_an_array(tensor, name)
 
 
-def specs(state_dict: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def specs(state_dict: Mapping[str, Any]) -> dict[str, Spec]:
     """Returns shapes and dtypes by name; of a `Checkpoint` without reading a tensor.
 
     Raises:
@@ -52,11 +75,39 @@ def specs(state_dict: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: _spec(tensor, name) for name, tensor in state_dict.items()}
 
 
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether its values are real numbers; of the dtypes that JAX adds too."""
+    try:
+        ml_dtypes.finfo(dtype)
+    except ValueError:
+        return False
+    return not dtype.name.startswith("complex")
+
+
+def check_computable(tensors: Mapping[str, Spec]) -> None:
+    """Refuses what is too narrow to compute with: layers of JAX do not take it.
+
+    Raises:
+        ValueError: A tensor is of float8 or less; all are named.
+    """
+    narrow = [
+        f"{name} {spec}"
+        for name, spec in tensors.items()
+        if spec.dtype.itemsize == 1 and is_floating(spec.dtype)
+    ]
+    if narrow:
+        raise ValueError(
+            "state_dict must have weights that layers compute with, which need scales "
+            f"where they are float8: got {few(narrow)}. Multiply each by its scale, or "
+            "make it float32 if it has none, in PyTorch, and save again."
+        )
+
+
 def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def numpy_dtype(dtype: "np.dtype | torch.dtype", name: str) -> np.dtype:
+def numpy_dtype(dtype: "np.dtype | torch.dtype | str", name: str) -> np.dtype:
     """Returns NumPy's dtype of the same bits, one of those that JAX adds included.
 
     Raises:
@@ -77,10 +128,10 @@ def few(names: Iterable[Any], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _spec(tensor: Any, name: str) -> jax.ShapeDtypeStruct:
+def _spec(tensor: Any, name: str) -> Spec:
     if not is_array(tensor):
         raise _not_an_array(tensor, name)
-    return jax.ShapeDtypeStruct(tuple(tensor.shape), numpy_dtype(tensor.dtype, name))
+    return Spec(tuple(tensor.shape), numpy_dtype(tensor.dtype, name))
 
 
 def _torch_as_numpy(tensor: "torch.Tensor", name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from flax.core import meta
 from flax.traverse_util import unflatten_dict
 
 from flax_mha.convert import _strict
-from flax_mha.convert._arrays import as_numpy, specs
+from flax_mha.convert._arrays import Spec, as_numpy, specs
 
 Axes = tuple[str | None, ...]
 Place = Callable[[str, Axes, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
@@ -129,7 +129,7 @@ class Conversion:
                 listed.
         """
         wanted = {
-            key: jax.ShapeDtypeStruct(entry.torch_shape, entry.dtype)
+            key: Spec(entry.torch_shape, entry.dtype)
             for entry in self.entries
             for key in entry.keys
         }
@@ -153,8 +153,10 @@ class Conversion:
                 or None to leave it a NumPy array. Without `place`, all are.
 
         Returns:
-            Nested dicts. Parameters share memory with `state_dict` where they can:
-            copy it first if it will change.
+            Nested dicts. JAX arrays, of `place`, are copies. NumPy arrays are views of
+            tensors in memory where they can be: they change with them, and so may what
+            `jax.device_put` makes of them on a CPU. `jax.tree.map(jnp.array, params)`
+            copies. What a `Checkpoint` gives is nobody else's.
 
         Raises:
             ValueError: A tensor is missing, misshapen or of another dtype; or of
@@ -236,10 +238,10 @@ class _StateDict(Mapping):
         self._flat = flat
 
     @property
-    def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def specs(self) -> dict[str, Spec]:
         """What `_arrays.specs` would otherwise make every tensor for."""
         return {
-            key: jax.ShapeDtypeStruct(entry.torch_shape, self._flat[entry.path].dtype)
+            key: Spec(entry.torch_shape, self._flat[entry.path].dtype)
             for key, entry in self._entries.items()
         }
 
@@ -271,7 +273,7 @@ def flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
 def _placed(
     param: np.ndarray, sharding: jax.sharding.Sharding | None
 ) -> np.ndarray | jax.Array:
-    """Puts each device's part on it, and waits, so that the host can forget it."""
+    """Puts a copy of each device's part on it, and waits, to let the host forget it."""
     if sharding is None:
         return param
     if jax.dtypes.canonicalize_dtype(param.dtype) != param.dtype:
@@ -279,6 +281,11 @@ def _placed(
             f"place must leave parameters of dtype {param.dtype} to NumPy unless JAX "
             "has it: set jax_enable_x64."
         )
+
+    def part(at: Any) -> np.ndarray:
+        # A CPU would keep the memory itself, and whoever has the tensor may change it.
+        return np.array(param[at], order="C")
+
     return jax.block_until_ready(
-        jax.make_array_from_callback(param.shape, sharding, lambda at: param[at])
+        jax.make_array_from_callback(param.shape, sharding, part)
     )

@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flax_mha._params import parameter_table
 from flax_mha.convert import _strict
-from flax_mha.convert._arrays import specs
+from flax_mha.convert._arrays import Spec, is_floating, specs
 from flax_mha.convert._rules import check_mapping
 
 _LINEARS = {
@@ -148,7 +146,7 @@ def _examine_all(
     check_mapping(state_dict)
     tensors = specs(state_dict)
     signs = [*_SIGNS, *OTHER_KINDS]
-    below: dict[str, dict[str, jax.ShapeDtypeStruct]] = {
+    below: dict[str, dict[str, Spec]] = {
         name.removesuffix(sign).removesuffix("."): {}
         for name in tensors
         for sign in signs
@@ -172,9 +170,7 @@ def _ancestors(name: str) -> Iterator[str]:
             yield name[:at]
 
 
-def _examine(
-    prefix: str, below: Mapping[str, jax.ShapeDtypeStruct]
-) -> AttentionLayer | LookAlike:
+def _examine(prefix: str, below: Mapping[str, Spec]) -> AttentionLayer | LookAlike:
     """Compares what is below a prefix with the layer that it comes closest to."""
     family = next((family for sign, family in _SIGNS.items() if sign in below), None)
     if family is None:
@@ -265,13 +261,13 @@ def _rows(
 
 
 def _wrong_dtypes(
-    rows: Mapping[str, Mapping[str, Any]], below: Mapping[str, jax.ShapeDtypeStruct]
+    rows: Mapping[str, Mapping[str, Any]], below: Mapping[str, Spec]
 ) -> list[str]:
     """Lists tensors of integers, and those of one parameter that differ."""
     wrong = []
     for named in rows.values():
         dtypes = {name: below[name].dtype for name in named}
-        floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes.values())
+        floating = all(map(is_floating, dtypes.values()))
         if not floating or len(set(dtypes.values())) > 1:
             wrong += [f"{name} {dtype}" for name, dtype in dtypes.items()]
     return wrong

@@ -3,15 +3,13 @@
 import math
 from collections.abc import Container, Iterable, Mapping
 
-import jax
-import jax.numpy as jnp
-
 from flax_mha.convert import _strict
+from flax_mha.convert._arrays import Spec, is_floating
 from flax_mha.convert._find import LookAlike, find_look_alikes
 from flax_mha.convert._names import Names
 from flax_mha.convert._rules import first_matches
 
-Specs = Mapping[str, jax.ShapeDtypeStruct]
+Specs = Mapping[str, Spec]
 
 # What BatchNorm stores beside its parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -116,7 +114,7 @@ def _is_weight(key: str) -> bool:
     return key.rpartition(".")[2] == "weight"
 
 
-def _possible(key: str, spec: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+def _possible(key: str, spec: Spec) -> tuple[str, ...]:
     """Returns the kinds that such a tensor can be of, the likeliest first."""
     if not _is_weight(key) or not spec.shape:
         return ("weight",)
@@ -133,7 +131,7 @@ def _doubt(key: str, tensors: Specs, alike: Container[str]) -> str | None:
         return _LOOKS_ALIKE
     if key.rpartition(".")[2] in _BUFFERS:
         return "not parameters, but BatchNorm's"
-    if not jnp.issubdtype(tensors[key].dtype, jnp.inexact):
+    if tensors[key].dtype.kind != "c" and not is_floating(tensors[key].dtype):
         return "of integers or truth values"
     if not _is_weight(key):
         return None

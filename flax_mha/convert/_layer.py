@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_mha._checks import layer
 from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
 from flax_mha.convert import _strict
-from flax_mha.convert._arrays import as_numpy, few
+from flax_mha.convert._arrays import as_numpy, check_computable, few, specs
 from flax_mha.convert._find import OTHER_KINDS
 from flax_mha.convert._rules import dotted, names_below
 from flax_mha.linen import MultiheadAttention
@@ -35,23 +35,25 @@ def params_from_state_dict(
 
     Args:
         state_dict: PyTorch's name to torch tensor, NumPy array or JAX array. It is not
-            changed, and the parameters share its memory where it is NumPy's or on the
-            CPU: copy it first if it will change.
+            changed.
         num_heads: Number of heads, which no checkpoint records.
         prefix: Of the layer in a larger model, "encoder.layers.0.self_attn" say; names
             outside of it are left alone. Without it the state_dict must be one layer's.
 
     Returns:
-        NumPy arrays in the shapes that `MultiheadAttention` declares.
+        NumPy arrays in the shapes that `MultiheadAttention` declares: views, which
+        change with the tensors, as may what `jax.device_put` makes of them on a CPU.
+        `jax.tree.map(jnp.array, params)` copies.
 
     Raises:
         ValueError: A key is missing, unexpected or misshapen (all are listed), or
-            `num_heads` does not divide embed_dim.
+            `num_heads` does not divide embed_dim, or a tensor is float8.
     """
     layer = {
         name.removeprefix(dotted(prefix)): as_numpy(state_dict[name], name)
         for name in names_below(prefix, state_dict)
     }
+    check_computable(specs(layer))
     shapes = {name: array.shape for name, array in layer.items()}
     table = _table(shapes, _embed_dim(shapes), num_heads)
     _check_names_and_shapes(
@@ -70,8 +72,9 @@ def state_dict_from_params(
 ) -> dict[str, np.ndarray]:
     """Returns PyTorch's state_dict, as NumPy arrays; undoes `params_from_state_dict`.
 
-    For PyTorch, save it with `safetensors.numpy.save_file` and load that with
-    `safetensors.torch.load_file`; or, but for bfloat16, make each a `torch.tensor`.
+    The arrays are views, and read-only where they are of JAX's, which never change. For
+    PyTorch, save them with `save_safetensors` and load that with
+    `safetensors.torch.load_file`; or, but for bfloat16, copy each by `torch.tensor`.
 
     Args:
         params: Of one `MultiheadAttention`, or gradients or anything in their shapes.

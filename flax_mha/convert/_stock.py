@@ -22,6 +22,8 @@ def to_stock(params: Mapping[str, Any]) -> dict[str, Any]:
     (num_heads, head_dim), "out" with a kernel (num_heads, head_dim, embed_dim) and a
     bias (embed_dim,).
 
+    NumPy arrays become views, which change with them; JAX arrays never do.
+
     Args:
         params: Of one `MultiheadAttention`, or a tree with any number of them, of which
             the rest is kept as it is. Stacked layers have their axes in front.
@@ -41,6 +43,8 @@ def to_stock(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_stock(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters of `MultiheadAttention`; undoes `to_stock`.
+
+    Of NumPy arrays some become views, as in `to_stock`.
 
     Args:
         tree: Of one of Flax's attention layers, or a tree with any number of them.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-import jax
+from flax_mha.convert._arrays import Spec
 
 Shape = tuple[int, ...]
 
@@ -27,8 +27,8 @@ def differences(
 
 
 def spec_differences(
-    specs: Mapping[str, jax.ShapeDtypeStruct],
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    specs: Mapping[str, Spec],
+    wanted: Mapping[str, Spec],
 ) -> dict[str, list[str]]:
     """Returns the same, and which names are of another dtype."""
     return differences(

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from flax_mha._params import parameter_table
 from flax_mha.convert import _strict
-from flax_mha.convert._arrays import few, numpy_dtype, specs
+from flax_mha.convert._arrays import Spec, check_computable, few, numpy_dtype, specs
 from flax_mha.convert._conversion import (
     Conversion,
     ConvertedLayer,
@@ -148,7 +146,7 @@ def plan_tree(
 
     entries = _stacked(parts, names.sizes)
     if wanted is not None:
-        have = {entry.path: entry.spec for entry in entries}
+        have = {entry.path: Spec(entry.shape, entry.dtype) for entry in entries}
         _strict.raise_if_any(
             "state_dict must convert to what target has",
             _strict.spec_differences(have, wanted),
@@ -166,18 +164,19 @@ def _check_no_string(value: Sequence[str], argument: str, what: str) -> None:
 
 def _tensors(
     state_dict: Mapping[str, Any], prefix: str, ignore: Sequence[str]
-) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[str, ...]]:
+) -> tuple[dict[str, Spec], tuple[str, ...]]:
     """Returns what is to be converted, and the names below prefix that are not."""
     below = names_below(prefix, state_dict)
     ignored = first_matches(ignore, below, "ignore")
     known = specs(state_dict)
     kept = {name: known[name] for name in below if name not in ignored}
+    check_computable(kept)
     return kept, tuple(ignored)
 
 
-def _target_specs(target: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def _target_specs(target: Mapping[str, Any]) -> dict[str, Spec]:
     return {
-        path: jax.ShapeDtypeStruct(leaf.shape, numpy_dtype(leaf.dtype, path))
+        path: Spec(leaf.shape, numpy_dtype(leaf.dtype, path))
         for path, leaf in flatten(target).items()
     }
 
@@ -185,7 +184,7 @@ def _target_specs(target: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def _attention(
     layer: AttentionLayer,
     num_heads: int,
-    tensors: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Mapping[str, Spec],
     names: Names,
 ) -> list[_Part]:
     """Returns the parts of an attention layer, by the parameter table."""
@@ -234,7 +233,7 @@ def _converted(
     )
 
 
-def _other(key: str, kind: str, spec: jax.ShapeDtypeStruct, names: Names) -> _Part:
+def _other(key: str, kind: str, spec: Spec, names: Names) -> _Part:
     order = axes_order(key, kind, len(spec.shape))
     location = names.locate(parameter_name(key, kind))
     entry = Entry(

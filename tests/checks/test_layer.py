@@ -8,8 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
 from flax_mha import MultiheadAttention
+from flax_mha import nnx as flax_mha_nnx
 from flax_mha._kernels import KERNELS
 from tests.raising import (
     CALL,
@@ -88,18 +91,66 @@ CONSTRUCTOR = {
         TypeError,
         "param_dtype must be a floating-point dtype, got int32.",
     ),
+    "param_dtype_none": (
+        dict(param_dtype=None),
+        TypeError,
+        "param_dtype must be a floating-point dtype, got None.",
+    ),
+    "param_dtype_in_other_words": (
+        dict(param_dtype="bf16"),
+        TypeError,
+        "param_dtype must be a dtype of JAX or NumPy, such as jnp.float32 or "
+        "'bfloat16'; got 'bf16'.",
+    ),
     "dtype": (
         dict(dtype="int32"),
         TypeError,
         "dtype must be a floating-point dtype, got int32.",
     ),
+    "bias_text": (
+        dict(bias="no"),
+        TypeError,
+        "bias must be a Python bool, known when tracing; got 'no'.",
+    ),
+    "add_bias_kv_int": (
+        dict(add_bias_kv=1),
+        TypeError,
+        "add_bias_kv must be a Python bool, known when tracing; got 1.",
+    ),
+    "add_zero_attn_none": (
+        dict(add_zero_attn=None),
+        TypeError,
+        "add_zero_attn must be a Python bool, known when tracing; got None.",
+    ),
+    "batch_first_text": (
+        dict(batch_first="False"),
+        TypeError,
+        "batch_first must be a Python bool, known when tracing; got 'False'.",
+    ),
+    "deterministic_text": (
+        dict(deterministic="yes"),
+        TypeError,
+        "deterministic must be a Python bool, known when tracing; got 'yes'.",
+    ),
+    "device_text": (
+        dict(device="cpu"),
+        TypeError,
+        "device must be a jax.Device, such as jax.devices('cpu')[0], a "
+        "jax.sharding.Sharding, or None; got 'cpu'.",
+    ),
 }
+MODULES = {
+    "linen": MultiheadAttention,
+    "nnx": functools.partial(flax_mha_nnx.MultiheadAttention, rngs=nnx.Rngs(0)),
+}
+both = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 
 
+@both
 @table(CONSTRUCTOR)
-def test_constructor(given, error, text):
+def test_constructor(module, given, error, text):
     kwargs = dict(embed_dim=6, num_heads=3) | given
-    assert_raises(error, text, lambda: MultiheadAttention(**kwargs))
+    assert_raises(error, text, lambda: module(**kwargs))
 
 
 # --- Forward --------------------------------------------------------------------------
@@ -273,7 +324,7 @@ TYPES = {
 def module_and_variables(**options):
     """A module and zeros for its parameters."""
     module = MultiheadAttention(6, 3, **options)
-    widths = (6, module.kdim, module.vdim)
+    widths = (6, module.kdim or 6, module.vdim or 6)
     init = functools.partial(module.init, jax.random.key(0))
     specs = jax.eval_shape(init, *[floats(1, width) for width in widths])
     return module, jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs)

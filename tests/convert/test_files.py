@@ -3,7 +3,6 @@
 import json
 import os
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -84,7 +83,7 @@ def test_opening_reads_no_tensor_and_reading_reads_one(tmp_path):
     path.write_bytes(packed(header))
     os.truncate(path, path.stat().st_size + size + 2)
     state_dict = read_state_dict(path)
-    assert state_dict.specs["huge"] == jax.ShapeDtypeStruct((size,), np.uint8)
+    assert str(state_dict.specs["huge"]) == f"uint8[{size}]"
     assert "huge" in state_dict and "other" not in state_dict
     np.testing.assert_array_equal(state_dict["small"], [0, 0])
 
@@ -102,6 +101,15 @@ def test_a_file_that_is_replaced_is_not_read_on(tmp_path):
     state_dict = read_state_dict(path)
     save_safetensors(path, arrays(), overwrite=True)
     assert_raises(ValueError, "has changed since", lambda: state_dict["a"])
+
+
+@pytest.mark.parametrize("length", [128, 640, 0x4B50])
+def test_content_decides_whatever_a_header_begins_like(tmp_path, length):
+    """Lengths that a pickle or a zip file might begin with."""
+    text = json.dumps({"a": tensor()}).ljust(length).encode()
+    for name in ("a.pt", "a.safetensors"):
+        (tmp_path / name).write_bytes(packed(text, bytes(4)))
+        assert_same(read_state_dict(tmp_path / name), {"a": np.zeros(1, "float32")})
 
 
 def test_names_that_save_model_left_out_are_there(tmp_path):
@@ -198,6 +206,81 @@ def test_infinite_and_nan_weights_are_read(tmp_path):
     assert_same(read_state_dict(tmp_path / "a.safetensors"), want)
 
 
+FORMATS = {
+    "mlx": "format: mlx (MLX, whose convolutions have their channels last)",
+    "np": "format: np (NumPy, which Paddle writes too",
+    "flax": "format: flax (Flax, whose kernels are transposed)",
+    "something": "format: something: load it in PyTorch",
+}
+
+
+@pytest.mark.parametrize("written_for, text", FORMATS.items(), ids=FORMATS)
+def test_tensors_of_another_framework_are_refused(tmp_path, written_for, text):
+    path = tmp_path / "a.safetensors"
+    save_safetensors(path, ONES, {"format": written_for})
+    assert_raises(ValueError, text, lambda: read_state_dict(path))
+
+
+# Float8 with scales
+
+
+def scaled(shape, scale, dtype="float32", name="weight_scale"):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=shape).astype("float8_e4m3fn")
+    scales = rng.uniform(0.5, 2, size=scale).astype(dtype)
+    return {"a.weight": weight, f"a.{name}": scales, "a.bias": np.ones(2, "float32")}
+
+
+SCALES = {
+    "one": scaled((3, 4), ()),
+    "one of shape 1": scaled((3, 4), (1,)),
+    "each row": scaled((3, 4), (3, 1), "bfloat16"),
+    "each row of shape n": scaled((3, 4), (3,)),
+    "blocks": scaled((200, 257), (2, 3), name="weight_scale_inv"),
+}
+
+
+@pytest.mark.parametrize("stored", SCALES.values(), ids=SCALES)
+def test_float8_is_multiplied_by_its_scale(tmp_path, stored):
+    path = tmp_path / "a.safetensors"
+    save_safetensors(path, stored)
+    state_dict = read_state_dict(path)
+    weight, scale, _ = (array.astype("float64") for array in stored.values())
+    if scale.shape == (2, 3):
+        scale = scale.repeat(128, 0).repeat(128, 1)[:200, :257]
+    scale = scale.reshape(scale.shape + (1,) * (2 - scale.ndim))
+    dtype = [*stored.values()][1].dtype
+    want = {"a.weight": (weight * scale).astype(dtype), "a.bias": stored["a.bias"]}
+    assert_same(dict(sorted(state_dict.items())), dict(sorted(want.items())))
+    assert state_dict.notes == ("Multiplied by their scales: a.weight.",)
+
+
+def test_scales_of_an_unknown_kind_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_safetensors(path, scaled((64, 64), (2, 2)))
+    text = "a.weight is float8 with a scale float32[2, 2] for float8_e4m3fn[64, 64]: kn"
+    assert_raises(ValueError, text, lambda: read_state_dict(path))
+
+
+PACKED = {
+    "GPTQ": (["a.qweight", "a.qzeros", "a.scales"], "a.qweight by GPTQ or AWQ"),
+    "4 bits": (["a.weight", "a.weight.absmax"], "a.weight.absmax by bitsandbytes"),
+    "8 bits": (["a.weight", "a.SCB"], "a.SCB by bitsandbytes"),
+    "packed": (
+        ["weight_packed", "weight_scale"],
+        "weight_packed by compressed-tensors",
+    ),
+    "scaled": (["a.weight", "a.weight_scale"], "a.weight by one with int8 and scales"),
+}
+
+
+@pytest.mark.parametrize("names, text", PACKED.values(), ids=PACKED)
+def test_integers_that_are_weights_are_refused(tmp_path, names, text):
+    save_safetensors(tmp_path / "a.safetensors", dict.fromkeys(names, np.ones(2, "i1")))
+    text = f"weights must not be quantized, got {text}: dequantize the model with"
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.safetensors"))
+
+
 # Names
 
 
@@ -270,6 +353,36 @@ def test_parts_may_be_links_as_in_hugging_face_cache(tmp_path):
         (tmp_path / "snapshot" / file).rename(tmp_path / "blobs" / str(number))
         (tmp_path / "snapshot" / file).symlink_to(f"../blobs/{number}")
     assert_same(read_state_dict(index), arrays("ac") | arrays("b"))
+
+
+def test_all_parts_of_a_folder_without_an_index_are_read(tmp_path):
+    for file, names in PARTS.items():
+        save_safetensors(tmp_path / file, arrays(names))
+    assert_same(read_state_dict(tmp_path), arrays("ac") | arrays("b"))
+    for number, file in enumerate(PARTS, 1):
+        text = f"is part {number} of 2 of a model: give its folder, or the .index.json"
+        path = tmp_path / file
+        assert_raises(ValueError, text, lambda path=path: read_state_dict(path))
+    save_safetensors(tmp_path / file, arrays("a"), overwrite=True)
+    text = "must hold what no other part does, got a."
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["consolidated.00.safetensors", "consolidated.01.safetensors"],
+        ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"],
+    ],
+)
+def test_part_by_one_of_several_processes_is_refused(tmp_path, files):
+    for file in files:
+        save_safetensors(tmp_path / "a.safetensors", ONES)
+        (tmp_path / "a.safetensors").rename(tmp_path / file)
+    text = f"is one of several parts of a model, {', '.join(files)}: join them"
+    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / files[1]))
+    (tmp_path / files[0]).unlink()
+    assert_same(read_state_dict(tmp_path / files[1]), ONES)
 
 
 OUTSIDE = "must name files of its own folder, got"
@@ -380,7 +493,16 @@ WRONG_FOLDERS = {
     ),
     "part without index": (
         ["model-00001-of-00002.safetensors"],
-        "must hold one checkpoint, or an .index.json of its parts, got model-00001-of-",
+        "must hold all 2 parts of a model, got model-00001-of-00002.safetensors; there "
+        "is no part 2.",
+    ),
+    "parts of two models": (
+        ["a-00001-of-00002.bin", "b-00002-of-00002.bin"],
+        "must hold the parts of one model, got a-00001-of-00002.bin, b-00002-of-00002.",
+    ),
+    "by several processes": (
+        [f"shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 2)],
+        "was written by one of several processes of torch.distributed.checkpoint, and",
     ),
 }
 
@@ -414,7 +536,11 @@ def test_paths_that_are_nothing_to_read(tmp_path):
     for error, text, path in (
         (FileNotFoundError, "path must be a file or folder, got", missing),
         (ValueError, "got no files", tmp_path / "model.safetensors"),
-        (ValueError, "must be a folder or end in .safetensors, .index", "a.npz"),
+        (
+            FileNotFoundError,
+            "path must be a file or folder, got 'some",
+            "someone/model",
+        ),
     ):
         assert_raises(error, text, lambda path=path: read_state_dict(path))
     save_safetensors(tmp_path / "a.safetensors", ONES)

@@ -106,6 +106,47 @@ def test_what_exists_is_replaced_only_when_asked(tmp_path, name, save, content):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@by_writer
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_written(
+    tmp_path, name, save, content, dangling
+):
+    (tmp_path / "far").mkdir()
+    target = tmp_path / "far" / name
+    if not dangling:
+        save(target, jax.tree.map(lambda array: array[:1], content))
+    (tmp_path / name).symlink_to(target)
+    save(tmp_path / name, content, overwrite=not dangling)
+    assert (tmp_path / name).is_symlink() and target.exists()
+    assert (
+        len(list(tmp_path.iterdir())) == 2 and len(list(target.parent.iterdir())) == 1
+    )
+
+
+TERMINATED = """
+import os, signal, sys
+from flax_mha._cli import program
+from flax_mha.convert._files import safetensors
+
+def write(file, *_):
+    file.write(bytes(1000))
+    file.flush()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+safetensors.write = write
+sys.argv = ["flax-mha", "convert", sys.argv[1], sys.argv[2], "--num-heads", "2"]
+program()
+"""
+
+
+def test_nothing_is_left_when_the_process_is_terminated(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "out.safetensors"]
+    save_safetensors(paths[0], ATTENTION)
+    run = subprocess.run([sys.executable, "-c", TERMINATED, *paths])
+    assert run.returncode == 143
+    assert list(tmp_path.iterdir()) == paths[:1]
+
+
 def test_a_lazy_mapping_that_fails_leaves_nothing(tmp_path):
     save_safetensors(tmp_path / "a.safetensors", ONES)
     state_dict = read_state_dict(tmp_path / "a.safetensors")
@@ -265,7 +306,16 @@ def test_params_that_cannot_be_saved_or_loaded(tmp_path):
         (TypeError, "params must be nested", lambda: save_params(path, [1])),
         (TypeError, "must be a torch", lambda: save_params(path, {"a": [1]})),
         (ValueError, "without a slash", lambda: save_params(path, {"a/b": ONES["a"]})),
-        (ValueError, "zero size", lambda: save_params(path, {"a": np.ones(0)})),
+        (
+            ValueError,
+            "params must have elements, which Orbax wants, but b/a has none: leave",
+            lambda: save_params(path, {"b": {"a": np.ones((0, 3))}}),
+        ),
+        (
+            ValueError,
+            "path must end in .safetensors for a file, or be a folder's, got",
+            lambda: save_params(path.with_suffix(".msgpack"), TREE),
+        ),
         (
             ValueError,
             "must be written by `save_params`",

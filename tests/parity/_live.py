@@ -43,6 +43,12 @@ def inputs(tgt_len=4, src_len=5, batch=2, features=(6, 6, 6), dtype="float64"):
     ]
 
 
+def features(module):
+    """The widths of a module's query, key and value."""
+    width = module.embed_dim
+    return [width, *(width if w is None else w for w in (module.kdim, module.vdim))]
+
+
 def causal_mask(tgt_len, src_len):
     """PyTorch's boolean causal mask, aligned top left: True may not attend."""
     return ~np.tri(tgt_len, src_len, dtype=bool)

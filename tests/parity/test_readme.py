@@ -77,6 +77,13 @@ def test_a_reader_can_run_the_guide_to_ragged_batches(monkeypatch):
         exec(compile(block, RAGGED.name, "exec"), names)
 
 
+def test_a_reader_can_run_the_guide_to_decoding():
+    names = {}
+    text = DECODING.read_text()
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(block, DECODING.name, "exec"), names)
+
+
 def test_the_drawing_of_blocks_is_of_those_that_are_computed():
     with jax.enable_x64(False):
         drawing = runpy.run_path(str(ROOT / "docs" / "draw_ragged_blocks.py"))
@@ -84,7 +91,7 @@ def test_the_drawing_of_blocks_is_of_those_that_are_computed():
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", GUIDE, RAGGED], ids=lambda page: page.name
+    "page", [ROOT / "README.md", GUIDE, RAGGED, DECODING], ids=lambda page: page.name
 )
 def test_every_file_that_a_page_names_exists(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())

@@ -1,109 +1,100 @@
 """Parameters that a file holds as others, which PyTorch computes them from."""
 
+import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
-from flax_mha.convert._arrays import LazyArray, few
+from flax_mha.convert._arrays import LazyArray, few, is_floating
 
 _PARAMETRIZED = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)")
 # torch.nn.utils' older functions. Only names of weights: RWKV has a time_mix_g, and a
 # time_mix_v beside it, that are no norm and direction.
 _OLD_NORM = re.compile(r"((?:.*\.)?[^.]*weight[^.]*)_g")
-_OLD_OTHERS = ("_u", "_mask")  # beside X_orig: spectral norm, pruning
 
 
-def fold_weight_norm(
-    arrays: Mapping[str, LazyArray],
-) -> tuple[dict[str, LazyArray], str]:
-    """Returns the tensors with weights in place of their norms and directions.
+@dataclasses.dataclass(frozen=True)
+class _Folded:
+    """A parameter: how it is computed, from the tensors of which names."""
+
+    name: str
+    kind: str
+    parts: tuple[str, ...]
+
+    def array(self, arrays: Mapping[str, LazyArray]) -> LazyArray:
+        return _KINDS[self.kind](self.name, *(arrays[part] for part in self.parts))
+
+
+def fold(arrays: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], str]:
+    """Returns the tensors with parameters in place of what they are computed from.
+
+    Those are weight norm, spectral norm (as in evaluation) and pruning.
 
     Raises:
         ValueError: There is another parametrization, whose weight cannot be told.
     """
-    pairs = _new_pairs(arrays) | _old_pairs(arrays)
-    folded = {
-        norm: (weight, _weight(weight, arrays[norm], arrays[direction]))
-        for weight, (norm, direction) in pairs.items()
-    }
-    directions = {direction for _, direction in pairs.values()}
+    found = [*_new(arrays), *_old(arrays)]
+    first = {folded.parts[0]: folded for folded in found}
+    others = {part for folded in found for part in folded.parts[1:]}
     result = {}
     for name, array in arrays.items():
-        weight, array = folded.get(name, (name, array))
-        if name in directions:
+        if name in others:
             continue
-        if weight != name and weight in arrays:
-            raise ValueError(f"{weight} must be stored once, got {name} beside it.")
-        result[weight] = array
-    note = f"Weight norm folded into {few(pairs)}."
-    return result, note if pairs else ""
+        if name in first:
+            name, array = first[name].name, first[name].array(arrays)
+        if name in result or (name in arrays and array is not arrays[name]):
+            raise ValueError(
+                f"{name} must be stored once, but also what it is computed from is."
+            )
+        result[name] = array
+    notes = [
+        f"{kind} folded into {few(names)}."
+        for kind in _KINDS
+        if (names := [folded.name for folded in found if folded.kind == kind])
+    ]
+    return result, " ".join(notes)
 
 
-def fold_quantizable(
-    arrays: Mapping[str, LazyArray],
-) -> tuple[dict[str, LazyArray], str]:
-    """Returns the tensors with those of torch.ao.nn.quantizable.MultiheadAttention.
-
-    It adds three linear layers and computes with these; the in-projection that it
-    inherits stays what it was when the layer was made, random numbers.
-    """
-    result = dict(arrays)
-    folded = []
-    for name in arrays:
-        prefix, found, kind = name.rpartition("linear_Q.")
-        linears = [f"{prefix}linear_{letter}.{kind}" for letter in "QKV"]
-        packed = f"{prefix}in_proj_{kind}"
-        separate = [f"{prefix}{letter}_proj_{kind}" for letter in "qkv"]
-        if not found or not all(linear in arrays for linear in linears):
-            continue
-        parts = [arrays[linear] for linear in linears]
-        if packed in arrays:
-            result[packed] = _concatenated(packed, arrays[packed], parts)
-        elif all(weight in arrays for weight in separate):
-            result |= zip(separate, parts, strict=True)
-        else:
-            continue
-        for linear in linears:
-            del result[linear]
-        folded += linears
-    note = f"The in-projection is that of the quantizable layer: {few(folded)}."
-    return result, note if folded else ""
-
-
-def _new_pairs(arrays: Mapping[str, LazyArray]) -> dict[str, tuple[str, str]]:
-    """Returns weight to norm and direction, of torch.nn.utils.parametrizations."""
+def _new(arrays: Mapping[str, LazyArray]) -> Iterator[_Folded]:
+    """Yields those of torch.nn.utils.parametrizations."""
     found: dict[str, dict[str, str]] = {}
     for name in arrays:
         if match := _PARAMETRIZED.fullmatch(name):
             prefix, weight, part = match.groups()
             found.setdefault(prefix + weight, {})[part] = name
     for weight, parts in found.items():
-        if parts.keys() != {"original0", "original1"}:
+        for kind, wanted in (
+            ("Weight norm", ("original0", "original1")),
+            ("Spectral norm", ("original", "0._u", "0._v")),
+        ):
+            if parts.keys() == set(wanted):
+                yield _Folded(weight, kind, tuple(parts[part] for part in wanted))
+                break
+        else:
             raise _unknown(weight, parts.values())
-    return {
-        weight: (parts["original0"], parts["original1"])
-        for weight, parts in found.items()
-    }
 
 
-def _old_pairs(arrays: Mapping[str, LazyArray]) -> dict[str, tuple[str, str]]:
-    """Returns the same of torch.nn.utils.weight_norm."""
-    pairs = {}
+def _old(arrays: Mapping[str, LazyArray]) -> Iterator[_Folded]:
+    """Yields those of torch.nn.utils' weight_norm, spectral_norm and prune."""
     for name in arrays:
-        weight, _, _ = name.rpartition("_orig")
-        others = [weight + ending for ending in _OLD_OTHERS]
-        if name.endswith("_orig") and any(other in arrays for other in others):
-            raise _unknown(weight, [name, *(o for o in others if o in arrays)])
         match = _OLD_NORM.fullmatch(name)
         if match and f"{match[1]}_v" in arrays:
-            pairs[match[1]] = (name, f"{match[1]}_v")
-    return pairs
+            yield _Folded(match[1], "Weight norm", (name, f"{match[1]}_v"))
+        weight = name.removesuffix("_orig")
+        mask, u, v = f"{weight}_mask", f"{weight}_u", f"{weight}_v"
+        if weight == name:
+            continue
+        if u in arrays and v in arrays and mask not in arrays:
+            yield _Folded(weight, "Spectral norm", (name, u, v))
+        elif mask in arrays and u not in arrays:
+            yield _Folded(weight, "Pruning", (name, mask))
+        elif u in arrays:
+            raise _unknown(weight, [n for n in (name, mask, u, v) if n in arrays])
 
 
-def _weight(name: str, norm: LazyArray, direction: LazyArray) -> LazyArray:
+def _of_weight_norm(name: str, norm: LazyArray, direction: LazyArray) -> LazyArray:
     long_axes = [size for size in norm.shape if size != 1]
     is_norm = norm.shape == () or (
         len(norm.shape) == len(direction.shape)
@@ -113,17 +104,16 @@ def _weight(name: str, norm: LazyArray, direction: LazyArray) -> LazyArray:
         )
         and len(long_axes) <= 1
     )
-    if not is_norm or not jnp.issubdtype(direction.dtype, jnp.floating):
+    if not is_norm or not is_floating(direction.dtype):
         raise ValueError(
-            f"{name} must be stored as a weight norm and a direction, got "
-            f"{norm.dtype}{list(norm.shape)} and "
-            f"{direction.dtype}{list(direction.shape)}."
+            f"{name} must be stored as a weight norm and a direction, got {norm} and "
+            f"{direction}."
         )
-    read = functools.partial(_read_weight, norm, direction)
+    read = functools.partial(_read_weight_norm, norm, direction)
     return LazyArray(direction.shape, direction.dtype, read)
 
 
-def _read_weight(norm: LazyArray, direction: LazyArray) -> np.ndarray:
+def _read_weight_norm(norm: LazyArray, direction: LazyArray) -> np.ndarray:
     """Returns direction * norm / |direction|, rounded once."""
     wide = direction.read().astype(np.float64)
     axes = tuple(axis for axis, size in enumerate(norm.shape) if size == 1)
@@ -134,23 +124,74 @@ def _read_weight(norm: LazyArray, direction: LazyArray) -> np.ndarray:
     return wide.astype(direction.dtype)
 
 
-def _concatenated(name: str, packed: LazyArray, parts: list[LazyArray]) -> LazyArray:
-    rows = packed.shape[0] // 3 if packed.shape else 0
-    wanted = (rows, *packed.shape[1:])
-    if any(part.shape != wanted for part in parts):
-        shapes = few(list(part.shape) for part in parts)
+def _of_spectral_norm(
+    name: str, original: LazyArray, u: LazyArray, v: LazyArray
+) -> LazyArray:
+    """u and v are vectors of the axis that became the rows, and of the others."""
+    shape = original.shape
+    axes = [
+        axis
+        for axis, size in enumerate(shape)
+        if u.shape == (size,) and v.shape == (original.size // max(size, 1),)
+    ]
+    if not axes or not is_floating(original.dtype):
         raise ValueError(
-            f"{name} must be three linear layers of shape {list(wanted)}, got {shapes}."
+            f"{name} must be stored as a weight and its two singular vectors, got "
+            f"{original}, {u} and {v}."
         )
-    return LazyArray(
-        packed.shape,
-        packed.dtype,
-        lambda: np.concatenate([part.read() for part in parts]),
-    )
+    axes = axes[:1] if len(shape) == 2 else axes  # of a Linear it is always the first
+    read = functools.partial(_read_spectral_norm, name, original, u, v, axes)
+    return LazyArray(shape, original.dtype, read)
+
+
+def _read_spectral_norm(
+    name: str, original: LazyArray, u: LazyArray, v: LazyArray, axes: list[int]
+) -> np.ndarray:
+    """Returns the weight divided by u @ matrix @ v, rounded once."""
+    wide = original.read().astype(np.float64)
+    left, right = u.read().astype(np.float64), v.read().astype(np.float64)
+    products = [
+        np.moveaxis(wide, axis, 0).reshape(len(left), len(right)) @ right
+        for axis in axes
+    ]
+    if len(axes) > 1:  # a Conv has the first, a ConvTranspose the second
+        products = [
+            product
+            for product in products
+            if left @ product > 0.9 * np.linalg.norm(left) * np.linalg.norm(product)
+        ]
+    if len(products) != 1:
+        raise ValueError(
+            f"{name} has a spectral norm along an axis that its numbers do not tell: "
+            "remove it in PyTorch, and save again."
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (wide / (left @ products[0])).astype(original.dtype)
+
+
+def _of_pruning(name: str, original: LazyArray, mask: LazyArray) -> LazyArray:
+    if original.shape != mask.shape or not is_floating(original.dtype):
+        raise ValueError(
+            f"{name} must be stored as a weight and a mask of its shape, got "
+            f"{original} and {mask}."
+        )
+
+    def read() -> np.ndarray:
+        return original.read() * mask.read().astype(original.dtype)
+
+    return LazyArray(original.shape, original.dtype, read)
+
+
+_KINDS: dict[str, Callable[..., LazyArray]] = {
+    "Weight norm": _of_weight_norm,
+    "Spectral norm": _of_spectral_norm,
+    "Pruning": _of_pruning,
+}
 
 
 def _unknown(weight: str, stored: Iterable[str]) -> ValueError:
     return ValueError(
         f"{weight} is not stored, and cannot be told from {few(stored)}: only weight "
-        "norm is folded. Remove the parametrization in PyTorch, and save again."
+        "norm, spectral norm and pruning are folded. Remove the parametrization in "
+        "PyTorch, and save again."
     )

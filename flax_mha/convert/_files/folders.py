@@ -6,7 +6,7 @@ import re
 
 from flax_mha.convert._arrays import few
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")  # the usual endings
 OURS = "flax_mha"  # in the header of a file of parameters: its conversion, or null
 OURS_IN_FOLDER = "flax_mha.json"
 ORBAX = "_CHECKPOINT_METADATA"  # a file in each of its checkpoints
@@ -14,7 +14,10 @@ ORBAX = "_CHECKPOINT_METADATA"  # a file in each of its checkpoints
 _KINDS = (r"\.safetensors", r"\.(?:pt|pth|bin|ckpt|pt\.tar|pth\.tar)")
 # What Hugging Face's libraries load where there are others beside.
 _STANDARD = re.compile(r"(?:model\.safetensors|pytorch_model\.bin)(?:\.index\.json)?")
-_SHARD = re.compile(r"-\d+-of-\d+\.")
+_PART = re.compile(r"(?P<before>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<after>\..*)")
+# What each of several processes writes, which does not say how many they are.
+_NUMBERED = re.compile(r"(?:consolidated\.|mp_rank_|(?:^|[_-])rank_?)(\d+)")
+_BY_PROCESS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
 def is_distributed(folder: pathlib.Path) -> bool:
@@ -22,11 +25,11 @@ def is_distributed(folder: pathlib.Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def only_checkpoint(folder: pathlib.Path) -> pathlib.Path:
-    """Returns the file, or the index of files, that a folder's model is in.
+def only_checkpoint(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the file, the index of files, or all the parts that a model is in.
 
     Raises:
-        ValueError: There is none, or several.
+        ValueError: There is none, or several, or a part is missing.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for kind in _KINDS:
@@ -35,24 +38,84 @@ def only_checkpoint(folder: pathlib.Path) -> pathlib.Path:
             for path in files
             if re.search(kind + r"\.index(?:\..+)?\.json$", path.name)
         ]
-        whole, shards = [], []
-        for path in files:
-            if re.search(kind + "$", path.name):
-                (shards if _SHARD.search(path.name) else whole).append(path)
+        stored = [path for path in files if re.search(kind + "$", path.name)]
+        whole = [path for path in stored if not _PART.fullmatch(path.name)]
         found = [*indexes, *whole]
         standard = [path for path in found if _STANDARD.fullmatch(path.name)]
         if len(standard) == 1 or len(found) == 1:
-            return (standard or found)[0]
-        if found or shards:
-            names = [path.name for path in found or shards]
+            return (standard or found)[:1]
+        if found:
             raise ValueError(
                 f"{str(folder)!r} must hold one checkpoint, or an .index.json of its "
-                f"parts, got {few(names)}; give the path of the one to read."
+                f"parts, got {few(path.name for path in found)}; give the path of the "
+                "one to read."
             )
+        if stored:
+            return _all_parts(folder, stored)
     names = few(sorted(path.name for path in folder.iterdir()))
     raise ValueError(
         f"{str(folder)!r} must hold a .safetensors file, one of {', '.join(PICKLES)}, "
         f"or an .index.json of several, got {names or 'no files'}."
+    )
+
+
+def _all_parts(folder: pathlib.Path, paths: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Returns the parts of a model, without an index, if none is missing."""
+    if any(_BY_PROCESS.fullmatch(path.name) for path in paths):
+        raise by_process(folder)
+    matches = [match for path in paths if (match := _PART.fullmatch(path.name))]
+    models = {match.group("before", "total", "after") for match in matches}
+    numbers = {int(match["number"]) for match in matches}
+    total = int(matches[0]["total"])
+    if len(models) > 1:
+        names = few(path.name for path in paths)
+        raise ValueError(
+            f"{str(folder)!r} must hold the parts of one model, got {names}."
+        )
+    missing = sorted(set(range(1, total + 1)) - numbers)
+    if missing or len(paths) != total:
+        raise ValueError(
+            f"{str(folder)!r} must hold all {total} parts of a model, got "
+            f"{few(path.name for path in paths)}; there is no part "
+            f"{few(missing) or 'beside'}."
+        )
+    return paths
+
+
+def check_whole(path: pathlib.Path) -> None:
+    """Refuses a file whose name says that it is one of several.
+
+    Raises:
+        ValueError: It does.
+    """
+    if _BY_PROCESS.fullmatch(path.name):
+        raise by_process(path)
+    part = _PART.fullmatch(path.name)
+    if part and int(part["total"]) > 1:
+        raise ValueError(
+            f"{str(path)!r} is part {int(part['number'])} of {int(part['total'])} of a "
+            "model: give its folder, or the .index.json of the parts."
+        )
+    number = _NUMBERED.search(path.name)
+    if number:
+        start, end = number.span(1)
+        pattern = f"{re.escape(path.name[:start])}\\d+{re.escape(path.name[end:])}"
+        beside = [
+            p.name for p in path.parent.iterdir() if re.fullmatch(pattern, p.name)
+        ]
+        if len(beside) > 1:
+            raise ValueError(
+                f"{str(path)!r} is one of several parts of a model, "
+                f"{few(sorted(beside))}: join them with what wrote them, and save one "
+                "file."
+            )
+
+
+def by_process(path: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} was written by one of several processes of "
+        "torch.distributed.checkpoint, and does not say of how many: join all with "
+        "PyTorch's consolidate_safetensors_files, and give the folder that it writes."
     )
 
 

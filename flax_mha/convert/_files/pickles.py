@@ -1,85 +1,100 @@
-"""PyTorch's own files, read by PyTorch without running any code in them."""
+"""PyTorch's own files and NumPy's, read without either's code and without running any.
 
-import errno
+What a file is, its first bytes say; its ending says nothing.
+"""
+
 import functools
+import os
 import pathlib
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from flax_mha.convert._arrays import LazyArray, as_numpy, numpy_dtype
-from flax_mha.convert._files.peel import no_state_dict
+from flax_mha.convert._files import archives, numpy_arrays, tensors
+from flax_mha.convert._files.nested import with_modules_as_dicts
+from flax_mha.convert._files.source import Source, broken_files_named
+from flax_mha.convert._files.tensors import Dtype, Storage
+from flax_mha.convert._files.unpickle import Names, unpickle
 
-_DEPTH = 4  # of mappings that may hold a state_dict; a pickle may hold itself
-
-
-def read(path: pathlib.Path) -> dict[Any, Any]:
-    """Returns what a file holds, with its tensors unread where the format allows it.
-
-    Raises:
-        ValueError: It would run code, is not PyTorch's or broken, or holds no mapping.
-        ImportError: PyTorch is not installed.
-    """
-    content = load(path, path, mmap=zipfile.is_zipfile(path))  # older files are not
-    if not isinstance(content, Mapping):
-        raise no_state_dict(path, type(content).__name__)
-    return _lazy(content, _DEPTH)
+_ZIP, _NUMPY = b"PK\x03\x04", b"\x93NUMPY"
+_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+STARTS = (_ZIP, _NUMPY, *_PICKLES)
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of PyTorch's before 1.6
 
 
-def load(file: pathlib.Path | BinaryIO, path: pathlib.Path, *, mmap: bool) -> Any:
-    """Returns what `torch.load` makes of a file without running code in it.
+def read(source: Source) -> Any:
+    """Returns the object that a file holds, with its tensors unread.
 
     Raises:
-        ValueError: It would run code, is not PyTorch's or is broken.
-        ImportError: PyTorch is not installed.
+        ValueError: It is of no known kind, or broken.
     """
-    import torch
-
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a broken pickle may raise anything
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise _refused(path, error) from error
+    with broken_files_named(source.path):
+        return with_modules_as_dicts(_object(source))
 
 
-def _lazy(content: Mapping[Any, Any], depth: int) -> dict[Any, Any]:
-    import torch
+def _object(source: Source) -> Any:
+    names = {
+        **tensors.NAMES,
+        **numpy_arrays.NAMES,
+        ("torch.storage", "_load_from_bytes"): functools.partial(_nested, source.path),
+    }
+    with source.open() as file:
+        start = file.read(len(_NUMPY))
+        file.seek(0)
+        if start.startswith(_ZIP):
+            return archives.read(source, names)
+        if start == _NUMPY:
+            return numpy_arrays.read_npy(source)
+        if not start.startswith(_PICKLES):
+            raise ValueError("is cut off, or no file of PyTorch's")
+        first = unpickle(file, names)
+        return _before_zip(source, file, names) if first == _MAGIC else first
 
-    def lazy(name: str, value: Any) -> Any:
-        if isinstance(value, Mapping) and depth > 1:
-            return _lazy(value, depth - 1)
-        if isinstance(value, torch.Tensor):
-            read = functools.partial(_copied, value, name)
-            dtype = numpy_dtype(value.dtype, name)
-            return LazyArray(tuple(value.shape), dtype, read)
-        return None
 
-    return {key: lazy(str(key), value) for key, value in content.items()}
+def _nested(path: pathlib.Path, content: bytes) -> Any:
+    """Returns the storage of a tensor in an ordinary pickle: a file within the file."""
+    return _object(Source(path, content))
 
 
-def _copied(tensor: Any, name: str) -> np.ndarray:
-    # Not a view of a memory map: the process would crash if the file were cut later.
-    return np.array(as_numpy(tensor, name), order="C")
+def _before_zip(source: Source, file: BinaryIO, names: Names) -> Any:
+    """Returns the object of torch.save's older format, of which the magic was read.
+
+    After its pickle follow the keys of its storages, and for each, in this order, the
+    number of its elements and its bytes.
+    """
+    dtypes: dict[str, Dtype] = {}
+    places: dict[str, tuple[int, int]] = {}
+
+    def persistent(identity: Any) -> Any:
+        kind, dtype, *others = identity
+        if kind == "module":
+            return dtype  # its class
+        key, _, _, view = others
+        if not (isinstance(dtype, Dtype) and isinstance(key, str)):
+            raise TypeError("a storage of no known dtype")
+        dtypes.setdefault(key, dtype)
+        first = 0 if view is None else view[1] * dtype.width
+        return Storage(dtype, source, functools.partial(_part, places, key, first))
+
+    unpickle(file, names)  # the version
+    system = unpickle(file, names)
+    if system.get("little_endian") is not True:
+        raise ValueError("has its bytes in big-endian order: save it again in PyTorch")
+    content = unpickle(file, names, persistent)
+    for key in unpickle(file, names):
+        count = np.frombuffer(file.read(8), "<i8").item()
+        start, length = places[key] = file.tell(), count * dtypes[key].width
+        if not 0 <= length <= source.size - start:
+            raise ValueError("is cut off, or no file of PyTorch's")
+        file.seek(length, os.SEEK_CUR)
+    if places.keys() != dtypes.keys():
+        raise ValueError("is cut off, or no file of PyTorch's")
+    return content
 
 
-def _refused(path: pathlib.Path, error: Exception) -> ValueError:
-    text = str(error) or type(error).__name__
-    code = re.search(r"GLOBAL (\S+)", text)
-    if isinstance(error, pickle.UnpicklingError) and code:
-        return ValueError(
-            f"{str(path)!r} is a pickle that needs {code[1]}, which may run code, and "
-            "is not read (weights_only=True). If you trust the file, save its "
-            "state_dict alone in PyTorch, or allow that name by "
-            "torch.serialization.add_safe_globals."
-        )
-    if not zipfile.is_zipfile(path):
-        return ValueError(f"{str(path)!r} is cut off, or no file of PyTorch's.")
-    reason = text.splitlines()[0].partition(". ")[0].rstrip(".")
-    return ValueError(
-        f"{str(path)!r} cannot be read by torch.load(weights_only=True): {reason}."
-    )
+def _part(
+    places: Mapping[str, tuple[int, int]], key: str, first: int
+) -> tuple[int, int]:
+    start, size = places[key]
+    return start + first, size - first

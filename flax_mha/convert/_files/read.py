@@ -7,19 +7,31 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from flax_mha.convert._arrays import LazyArray, few
+from flax_mha.convert._arrays import LazyArray, Spec, few, is_array
 from flax_mha.convert._files import distributed, peel, pickles, safetensors
 from flax_mha.convert._files.folders import (
     ORBAX,
     OURS,
-    PICKLES,
+    by_process,
+    check_whole,
     is_distributed,
     only_checkpoint,
     parts,
 )
+from flax_mha.convert._files.source import Source
+from flax_mha.convert._files.tensors import NoArray
+
+_SHARDING = "DCP_SHARDING_INFO"  # where in the whole tensors those of a file belong
+# What safetensors' "format" says, and where its tensors differ from PyTorch's.
+_OTHERS = {
+    "mlx": " (MLX, whose convolutions have their channels last)",
+    "np": " (NumPy, which Paddle writes too, with the weights of Linear transposed)",
+    "paddle": " (Paddle, whose weights of Linear are transposed)",
+    "flax": " (Flax, whose kernels are transposed)",
+    "tf": " (TensorFlow, whose kernels are transposed)",
+}
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -30,7 +42,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     Attributes:
         path: Of the file or folder.
-        specs: Name to `jax.ShapeDtypeStruct`, in the checkpoint's order.
+        specs: Name to what has its `shape` and `dtype`, in the checkpoint's order.
         notes: One sentence for each thing that was peeled, folded or left out.
 
     Raises:
@@ -42,11 +54,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     ):
         self.path = path
         self.notes = tuple(notes)
-        self.specs = types.MappingProxyType(
-            {
-                name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-                for name, array in arrays.items()
-            }
+        self.specs: Mapping[str, Spec] = types.MappingProxyType(
+            {name: Spec(array.shape, array.dtype) for name, array in arrays.items()}
         )
         self._arrays = arrays
 
@@ -94,15 +103,20 @@ def read_state_dict(
 
     Wrappers (`{"state_dict": ...}`, `{"model": ..., "optimizer": ...}`, a moving
     average beside the model), prefixes that wrappers of modules add (`module.`,
-    `_orig_mod.`, ...) and weight norm are undone; `notes` say what was.
+    `_orig_mod.`, ...), weight norm, spectral norm and pruning are undone, and weights
+    that are stored as integers or float8 with their scales are dequantized; `notes` say
+    what was. No code in a file is imported or run, and PyTorch is not needed.
 
     Args:
-        path: One of
-            - a `.safetensors` file (read by this package itself),
-            - a `.pt`, `.pth`, `.bin`, `.ckpt` or `.pth.tar` file (needs PyTorch; read
-              with `weights_only=True`, so that no code in it can run),
-            - the `.index.json` of several such files, which lie in its folder,
-            - a folder with one of these, or of `torch.distributed.checkpoint`.
+        path: A file; what it is, its content says, whatever it is called:
+            - safetensors,
+            - what `torch.save` wrote, in any version's format: a state_dict, beside
+              whatever else, or a whole module,
+            - an archive of TorchScript or `torch.export`,
+            - NumPy's `.npz`, or a pickle of arrays;
+            or the `.index.json` of several, which lie in its folder; or a folder with
+            one of these, with all the parts of one, or of
+            `torch.distributed.checkpoint`.
         wrapper: The entry to take where a file has several state_dicts; "model_ema",
             say. Without it a moving average is taken only if there is nothing else.
 
@@ -111,38 +125,59 @@ def read_state_dict(
 
     Raises:
         FileNotFoundError: There is no such file, or a file that it names is missing.
-        ValueError: It is of none of these kinds, broken, would run code, could be
-            read in more ways than one, or was written by `save_params`.
-        ImportError: It needs PyTorch, which is not installed.
+        ValueError: It is of none of these kinds, broken, a part of a model, of another
+            framework, has tensors that are no plain arrays, could be read in more ways
+            than one, or was written by `save_params`.
     """
     path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     if (path / ORBAX).is_file():
         raise _converted(path, "an Orbax checkpoint")
     if path.is_dir() and is_distributed(path):
         content = distributed.read(path)
+    elif path.is_dir():
+        content = _content(only_checkpoint(path))
     else:
-        content = _content(only_checkpoint(path) if path.is_dir() else path)
+        check_whole(path)
+        content = _content([path])
+    if not isinstance(content, Mapping):
+        raise peel.no_state_dict(path, _what(content))
     arrays, notes = peel.peel(content, wrapper, path)
     return Checkpoint(path, arrays, notes)
 
 
-def _content(path: pathlib.Path) -> dict[Any, Any]:
-    if not path.name.endswith((".safetensors", ".json", *PICKLES)):
-        raise ValueError(
-            "path must be a folder or end in .safetensors, .index.json or one of "
-            f"{', '.join(PICKLES)}, got {str(path)!r}."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
-    if path.suffix == ".json":
-        return _parts(path)
-    return _one_file(path)
+def _what(content: Any) -> str:
+    if is_array(content) or isinstance(content, NoArray):
+        return "a tensor"
+    return type(content).__name__
 
 
-def _parts(index: pathlib.Path) -> dict[str, LazyArray]:
+def _content(paths: list[pathlib.Path]) -> Any:
+    if len(paths) > 1:
+        return _joined(paths)
+    (path,) = paths
+    return _parts(path) if path.suffix == ".json" else _one_file(path)
+
+
+def _joined(paths: list[pathlib.Path]) -> dict[Any, Any]:
+    """Returns the tensors of all parts, which have none twice."""
+    joined: dict[Any, Any] = {}
+    for path in paths:
+        content = _part(path)
+        twice = joined.keys() & content.keys()
+        if twice:
+            raise ValueError(
+                f"{str(path)!r} must hold what no other part does, got {few(twice)}."
+            )
+        joined |= content
+    return joined
+
+
+def _parts(index: pathlib.Path) -> dict[Any, Any]:
     arrays = {}
     for path, names in parts(index).items():
-        content = _one_file(path)
+        content = _part(path, has_index=True)
         if content.keys() != set(names):
             raise ValueError(
                 f"{str(path)!r} must hold the tensors that {index.name} says; it lacks "
@@ -153,8 +188,17 @@ def _parts(index: pathlib.Path) -> dict[str, LazyArray]:
     return arrays
 
 
-def _one_file(path: pathlib.Path) -> dict[Any, Any]:
-    with path.open("rb") as file:
+def _part(path: pathlib.Path, *, has_index: bool = False) -> Mapping[Any, Any]:
+    content = _one_file(path, has_index=has_index)
+    if not isinstance(content, Mapping):
+        raise peel.no_state_dict(path, _what(content))
+    return content
+
+
+def _one_file(path: pathlib.Path, *, has_index: bool = False) -> Any:
+    """Returns what is in a file; what kind it is, its beginning says."""
+    source = Source(path)
+    with source.open() as file:
         start = file.read(20)
     if not start:
         raise ValueError(f"{str(path)!r} is empty.")
@@ -162,12 +206,29 @@ def _one_file(path: pathlib.Path) -> dict[Any, Any]:
         raise ValueError(
             f"{str(path)!r} is a pointer of Git LFS, not the file: run `git lfs pull`."
         )
-    if path.name.endswith(PICKLES):
-        return pickles.read(path)
-    arrays, metadata = safetensors.read(path)
+    named_so = path.suffix == ".safetensors" and not start.startswith(pickles.STARTS)
+    if not named_so and start[4:9] != b"\0\0\0\0{":  # a length below 4 GiB, and JSON
+        return pickles.read(source)
+    arrays, metadata = safetensors.read(source)
+    _check_header(path, metadata, has_index)
+    return arrays | _tied(arrays, metadata)
+
+
+def _check_header(
+    path: pathlib.Path, metadata: Mapping[str, str], has_index: bool
+) -> None:
+    """Refuses tensors that are no PyTorch model's, or not whole."""
     if OURS in metadata:
         raise _converted(path, "written by `save_params`")
-    return arrays | _tied(arrays, metadata)
+    if _SHARDING in metadata and not has_index:
+        raise by_process(path)
+    written_for = metadata.get("format", "pt")
+    if written_for != "pt":
+        raise ValueError(
+            f"{str(path)!r} must be PyTorch's, but its header says format: "
+            f"{written_for}{_OTHERS.get(written_for, '')}: load it in PyTorch with the "
+            "library that wrote it, and save the model's state_dict there."
+        )
 
 
 def _converted(path: pathlib.Path, what: str) -> ValueError:

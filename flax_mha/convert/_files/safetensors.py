@@ -8,7 +8,6 @@ memory as a whole. Tests hold ours to accept and refuse what it does.
 import functools
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO, TypeGuard
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from flax_mha.convert._arrays import LazyArray, as_numpy, specs
+from flax_mha.convert._files.source import Source
 
 _DTYPES = {
     name: np.dtype(dtype)
@@ -32,16 +32,16 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the library's limit
 
 
-def read(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+def read(source: Source) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """Returns the tensors of a file, unread, and the texts in its header.
 
     Raises:
         ValueError: The file is not safetensors, or is cut off, or has a dtype that
             NumPy does not.
     """
-    with path.open("rb") as file:
-        stamp = _stamp(file)
-        header = _header(file, path)
+    path = source.path
+    with source.open() as file:
+        header = _header(file, source)
         start = file.tell()
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -55,13 +55,13 @@ def read(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         if first != end:
             raise _broken(path, f"{name!r} must begin at byte {end}, got {first}")
         end = last
-    if start + end != stamp[-1]:
-        raise _broken(path, f"it must have {start + end} bytes, got {stamp[-1]}")
+    if start + end != source.size:
+        raise _broken(path, f"it must have {start + end} bytes, got {source.size}")
     arrays = {
         name: LazyArray(
             shape,
             dtype,
-            functools.partial(_read_array, path, stamp, start + first, shape, dtype),
+            functools.partial(source.array, start + first, shape, dtype),
         )
         for name, (dtype, shape, first, _) in places.items()
     }
@@ -107,8 +107,8 @@ def write(
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _header(file: BinaryIO, path: pathlib.Path) -> dict[str, Any]:
-    size = os.fstat(file.fileno()).st_size
+def _header(file: BinaryIO, source: Source) -> dict[str, Any]:
+    path, size = source.path, source.size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER):
         raise _broken(
@@ -165,30 +165,6 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(text, str) for pair in value.items() for text in pair
     )
-
-
-def _read_array(
-    path: pathlib.Path, stamp: tuple, offset: int, shape: tuple, dtype: np.dtype
-) -> np.ndarray:
-    # Not a view of a memory map: the process would crash if the file were cut later.
-    array = np.empty(shape, dtype)
-    rest = array.reshape(-1).view(np.uint8).data
-    with path.open("rb", buffering=0) as file:
-        if _stamp(file) != stamp:
-            raise ValueError(f"{str(path)!r} has changed since it was opened.")
-        file.seek(offset)
-        while len(rest):  # one call reads at most 2 GiB
-            count = file.readinto(rest)
-            if not count:
-                raise _broken(path, "it has been cut while it was read")
-            rest = rest[count:]
-    return array
-
-
-def _stamp(file: Any) -> tuple[int, ...]:
-    """Returns what changes when a file is replaced or written; its size is last."""
-    stat = os.fstat(file.fileno())
-    return (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
 def _broken(path: pathlib.Path, reason: str) -> ValueError:

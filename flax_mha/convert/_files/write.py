@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import atexit
 import contextlib
 import os
 import pathlib
@@ -13,10 +14,17 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_mha.convert._arrays import as_numpy
+from flax_mha.convert._arrays import as_numpy, few
 from flax_mha.convert._conversion import Conversion
 from flax_mha.convert._files import safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
+from flax_mha.convert._files.source import Source
+
+# Endings of other kinds of files.
+_FILES = {
+    *(".pt", ".pth", ".bin", ".msgpack", ".npz", ".npy", ".h5", ".pkl", ".pickle"),
+    *(".json", ".zip", ".onnx", ".gguf"),
+}
 
 
 def save_safetensors(
@@ -73,7 +81,9 @@ def save_params(
     Raises:
         FileExistsError: `path` exists, and may not be replaced.
         TypeError: A leaf is not an array.
-        ValueError: A name has a "/" in it, or the conversion is of other parameters.
+        ValueError: A name has a "/" in it, or the conversion is of other parameters, or
+            `path` has the ending of another kind of file, or Orbax is to write an array
+            without elements.
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
@@ -85,6 +95,7 @@ def save_params(
         named = {"/".join(names): leaf for names, leaf in flat.items()}
         _write_file(path, named, {OURS: text or "null"}, overwrite)
         return
+    _check_orbax(path, flat)
     if path.exists() and not (path / ORBAX).exists():
         raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
     with _replacing(path, overwrite) as new:
@@ -109,12 +120,27 @@ def load_params(
     path = pathlib.Path(path)
     if path.is_dir():
         return _restore(path)
-    arrays, metadata = safetensors.read(path)
+    arrays, metadata = safetensors.read(Source(path))
     if OURS not in metadata:
         raise ValueError(f"{str(path)!r} must be written by `save_params`.")
     flat = {name: array.read() for name, array in arrays.items()}
     params = unflatten_dict(flat, sep="/")
     return params, _conversion(metadata[OURS], params, path)
+
+
+def _check_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
+    """Refuses what Orbax would not write, or nobody would look for as a folder."""
+    if path.suffix in _FILES:
+        raise ValueError(
+            f"path must end in .safetensors for a file, or be a folder's, got "
+            f"{str(path)!r}."
+        )
+    empty = ["/".join(names) for names, leaf in flat.items() if np.size(leaf) == 0]
+    if empty:
+        raise ValueError(
+            f"params must have elements, which Orbax wants, but {few(empty)} has none: "
+            "leave it out (ignore), or write a .safetensors file."
+        )
 
 
 def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
@@ -196,31 +222,43 @@ def _write_file(
 
 @contextlib.contextmanager
 def _replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """Yields a path in a new folder beside; what is there in the end becomes `path`."""
+    """Yields a path in a new folder beside; what is there in the end becomes `path`.
+
+    A link stays, and what it leads to is replaced.
+    """
     if path.exists() and not overwrite:
         raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"path must be in a folder that exists, got {str(path)!r}."
         )
+    path = pathlib.Path(os.path.realpath(path))
     folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     new, old = folder / path.name, folder / "replaced"
+    written = False
     try:
-        folder.mkdir()
-    except OSError as error:  # by the name that the caller knows
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    try:
+        _make_folder(folder, path)
         yield new
-        for written in [*new.rglob("*"), new]:
-            _sync(written)
+        for inside in [*new.rglob("*"), new]:
+            _sync(inside)
         if path.is_dir():  # which cannot be replaced by renaming alone
             path.rename(old)
         new.replace(path)
         _sync(path.parent)
+        written = True
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not written:  # Orbax's threads may still write what was interrupted
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _make_folder(folder: pathlib.Path, path: pathlib.Path) -> None:
+    try:
+        folder.mkdir()
+    except OSError as error:  # by the name that the caller knows
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _sync(path: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mha import MultiheadAttention, convert
@@ -19,6 +19,7 @@ from flax_mha.convert import (
     convert_tree,
     find_layers,
     find_look_alikes,
+    params_from_state_dict,
     plan_tree,
     save_safetensors,
 )
@@ -575,14 +576,36 @@ def test_round_trip_is_exact_in_every_dtype_also_through_json(dtype, stack):
     assert_same_bits(back, theirs.state_dict())
 
 
-def test_float8_comes_through_too():
-    weight = torch.randn(4, 4).to(torch.float8_e4m3fn)
-    conversion = plan_tree({"l.weight": weight}, kinds={"l": "kernel"})
-    conversion = Conversion.from_json(conversion.to_json())
-    params = conversion.params({"l.weight": weight})
-    assert params["l"]["kernel"].dtype == jnp.float8_e4m3fn
-    back = conversion.state_dict(params)["l.weight"]
-    assert back.tobytes() == weight.view(torch.uint8).numpy().tobytes()
+def test_float8_is_refused_as_no_layer_computes_with_it():
+    layer = torch.nn.MultiheadAttention(4, 2).to(torch.float8_e4m3fn).state_dict()
+    text = "where they are float8: got (attn.)?in_proj_weight float8_e4m3fn.12, 4., "
+    with pytest.raises(ValueError, match=text):
+        plan_tree({f"attn.{name}": tensor for name, tensor in layer.items()}, 2)
+    with pytest.raises(ValueError, match=text):
+        params_from_state_dict(layer, 2)
+
+
+def copies_of(tree):
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_placed_parameters_do_not_change_with_the_tensors(dtype):
+    theirs = torch.nn.ModuleDict(
+        {"attn": torch.nn.MultiheadAttention(64, 4), "fc": torch.nn.Linear(64, 64)}
+    ).to(getattr(torch, dtype))
+    device = SingleDeviceSharding(jax.devices()[0])
+    with jax.enable_x64():
+        conversion = plan_tree(theirs.state_dict(), 4)
+        params = conversion.params(theirs.state_dict(), lambda *_: device)
+        views = conversion.params(theirs.state_dict())
+        before = copies_of(params)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.add_(1.0)
+        after, changed = copies_of(params), copies_of(views)
+    assert all(map(np.array_equal, before, after))
+    assert not any(map(np.array_equal, before, changed))
 
 
 def test_prefix_rename_and_ignore():

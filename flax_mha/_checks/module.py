@@ -1,0 +1,57 @@
+"""What is checked of a module: of its constructor, and of the modes it is called in."""
+
+from typing import Any
+
+import jax
+
+from flax_mha._checks import arguments, layer
+from flax_mha._kernels import KERNELS
+
+
+def constructor(module: Any, device: Any) -> None:
+    """Checks what a module was made with; PyTorch's arguments are its attributes."""
+    layer.sizes(module.embed_dim, module.num_heads, module.kdim, module.vdim)
+    arguments.probability("dropout", module.dropout)
+    flags = ("bias", "add_bias_kv", "add_zero_attn", "batch_first")
+    arguments.python_bools(**{name: getattr(module, name) for name in flags})
+    arguments.floating_dtype("param_dtype", module.param_dtype)
+    if module.dtype is not None:
+        arguments.floating_dtype("dtype", module.dtype)
+    if module.deterministic is not None:
+        arguments.python_bools(deterministic=module.deterministic)
+    arguments.one_of("implementation", module.implementation, KERNELS)
+    if not isinstance(device, None | jax.Device | jax.sharding.Sharding):
+        raise TypeError(
+            "device must be a jax.Device, such as jax.devices('cpu')[0], a "
+            f"jax.sharding.Sharding, or None; got {arguments.describe(device)}."
+        )
+
+
+def dropout_call(
+    rate: float, deterministic: bool | None, *, has_rng: bool, how: str
+) -> None:
+    """Checks what a call of a module with dropout needs.
+
+    Args:
+        how: To give the rng, in the words of the module's framework.
+    """
+    if deterministic is None:
+        raise ValueError(
+            "deterministic must be given, to the constructor or the call, if "
+            f"dropout={rate}: False in training, True otherwise; got None."
+        )
+    arguments.python_bools(deterministic=deterministic)
+    if not deterministic and not has_rng:
+        raise ValueError(
+            f"if dropout={rate} and deterministic=False, rngs must hold a key, as in "
+            f"{how}; got none."
+        )
+
+
+def sown_weights(sow_weights: bool, need_weights: bool) -> None:
+    arguments.python_bools(sow_weights=sow_weights)
+    if sow_weights and not need_weights:
+        raise ValueError(
+            "sow_weights=True records the weights that are returned, so need_weights "
+            "must be True; got need_weights=False."
+        )
