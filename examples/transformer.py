@@ -10,6 +10,8 @@ that layers are `layers_0`, `layers_1`, ..., as Flax names them: what
   mask it is a hint, as there. PyTorch also looks for itself whether a mask is causal,
   to be faster: that changes no number.
 - `dtype` is Flax's, of the computation; `param_dtype` is PyTorch's `dtype`.
+- `decode=True` makes decoders keep keys and values, as `MultiheadAttention` does: give
+  them `tgt` in pieces, with `tgt_is_causal=True`, and `memory` only with the first.
 - Fresh Dense kernels are Xavier uniform, as nn.Transformer makes them.
 """
 
@@ -43,6 +45,7 @@ class Layer(nn.Module):
     bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    decode: bool = False
 
     def attention(self, name, x, source, attn_mask, padding, is_causal, deterministic):
         attend = MultiheadAttention(
@@ -53,6 +56,7 @@ class Layer(nn.Module):
             batch_first=self.batch_first,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            decode=self.decode,
             name=name,
         )
         return attend(
@@ -207,12 +211,15 @@ class Transformer(nn.Module):
     bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    decode: bool = False
 
     def setup(self):
         # Without a parent until the encoder and the decoder adopt them.
-        options = {name: getattr(self, name) for name in FIELDS}
+        options = {name: getattr(self, name) for name in FIELDS - {"decode"}}
         encoder_layer = TransformerEncoderLayer(**options, parent=None)
-        decoder_layer = TransformerDecoderLayer(**options, parent=None)
+        decoder_layer = TransformerDecoderLayer(
+            **options, decode=self.decode, parent=None
+        )
         norms = [layer_norm(self, parent=None) for _ in range(2)]
         self.encoder = TransformerEncoder(
             encoder_layer, self.num_encoder_layers, norms[0]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from flax_mha import linen as linen
     from flax_mha import nnx as nnx
     from flax_mha import training as training
+    from flax_mha._cache import KeyValueCache as KeyValueCache
     from flax_mha._explain import Explanation as Explanation
     from flax_mha._explain import explain as explain
     from flax_mha._ragged.array import RaggedArray as RaggedArray
@@ -24,6 +25,7 @@ __getattr__, __dir__ = lazy(
         "linen": ("MultiheadAttention",),
         "nnx": (),
         "training": (),
+        "_cache": ("KeyValueCache",),
         "_explain": ("Explanation", "explain"),
         "_ragged.array": ("RaggedArray",),
     },

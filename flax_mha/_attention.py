@@ -4,6 +4,7 @@ What the modules and `functional` share. Parameters come by PyTorch's name in th
 of `_params`; the number of heads is one of their axes.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from flax_mha import _dispatch, _sequences
+from flax_mha import _cached_sequences, _dispatch, _sequences
+from flax_mha._cache import KeyValueCache
 from flax_mha._call import Call
 from flax_mha._checks import arguments
 from flax_mha._dropout import Dropout
@@ -40,6 +42,8 @@ from flax_mha._typing import (
     accumulation_dtype,
 )
 
+_FEW_TOKENS = 64
+
 
 def multi_head_attention(
     params: Params,
@@ -57,41 +61,51 @@ def multi_head_attention(
     dropout: Dropout | None = None,
     static_k: ArrayLike | None = None,
     static_v: ArrayLike | None = None,
+    cache: KeyValueCache | None = None,
     dtype: DType | None = None,
     precision: Precision = None,
     implementation: str | None = None,
     out_proj: Callable[[OutHeads], Array] | None = None,
-) -> tuple[Sequences, Array | None]:
+) -> tuple[Any, ...]:
     """Computes `torch.nn.MultiheadAttention.forward`; see `MultiheadAttention`.
 
     Args:
         params: By PyTorch's name. "out_proj.weight" may have any number of rows.
         static_k, static_v: (batch * heads, src, head_dim), in place of the projected
             key and value.
+        cache: Key and value are appended to it, and attended to with all that it
+            holds; they may be None.
         dtype: Of the computation; None promotes inputs and parameters together.
         out_proj: The module that computes `project_out` of its own parameters: where
             tools that replace products look for these. None: it is computed here.
+
+    Returns:
+        The output, the weights or None, and, if there was a cache, the next.
     """
     wanted = _wanted_weights(need_weights, average_attn_weights)
     masks = TorchMasks(key_padding_mask, attn_mask, is_causal, need_weights)
-    sequences = _sequences.of_layer(
-        *(query, key, value, masks),
-        **_sizes(params, add_zero_attn),
-        batch_first=batch_first,
-        static_k=static_k,
-        static_v=static_v,
-    )
-    tokens = sequences.tokens()
-    dtype = dtype or jnp.result_type(*tokens, *params.values())
+    options: dict[str, Any] = _sizes(params, add_zero_attn)
+    options |= dict(batch_first=batch_first)
+    sequences: Any
+    if cache is None:
+        options |= dict(static_k=static_k, static_v=static_v)
+        sequences = _sequences.of_layer(query, key, value, masks, **options)
+    else:
+        sequences = _cached_sequences.of_layer(
+            query, key, value, masks, cache, dropout=dropout, **options
+        )
+    tokens: Any = sequences.tokens()
+    arrays = [x for x in (*tokens, *params.values()) if x is not None]
+    dtype = dtype or jnp.result_type(*arrays)
     params = {name: _cast(param, dtype) for name, param in params.items()}
     with jax.named_scope("in_proj"):
-        q, k, v = _project(params, *tokens, precision)
-    k, v = _or_static(k, static_k), _or_static(v, static_v)
+        q, k, v = _project(params, *tokens, precision=precision)
+    keys = sequences.keys(k, v)
     extra = _extra_columns(params, add_zero_attn)
     scale = 1 / math.sqrt(q.shape[3])
     attended, weights = _dispatch.dot_product_attention(
-        Call(q, k, v, sequences.mask(extra), scale, dropout, extra),
-        layout=sequences.layout,
+        Call(q, keys.key, keys.value, sequences.mask(extra), scale, dropout, extra),
+        layout=keys.layout,
         weights=wanted,
         precision=precision,
         implementation=implementation,
@@ -102,7 +116,7 @@ def multi_head_attention(
             out = project_out(attended, weight, bias, precision)
     else:
         out = out_proj(attended)
-    return sequences.result(checkpoint_name(out, "out_proj"), weights)
+    return sequences.result(checkpoint_name(out, "out_proj"), weights, keys)
 
 
 def project_out(
@@ -138,10 +152,20 @@ def _sizes(params: Params, add_zero_attn: bool) -> dict[str, Any]:
 
 
 def _project(
-    params: Params, query: Query, key: Key, value: Value, precision: Precision
-) -> tuple[QueryHeads, KeyHeads, ValueHeads]:
+    params: Params,
+    query: Query,
+    key: Key | None,
+    value: Value | None,
+    *,
+    precision: Precision,
+) -> tuple[QueryHeads, KeyHeads | None, ValueHeads | None]:
     """Projects and splits into heads, with one product for what is one input."""
     bias = params.get("in_proj_bias")
+    names = ("query_proj", "key_proj", "value_proj")
+    if key is None or value is None:
+        names, inputs = names[:1], (query,)
+    else:
+        inputs = query, key, value
     if "in_proj_weight" not in params:
         projected = [
             _linear(
@@ -150,22 +174,24 @@ def _project(
                 None if bias is None else bias[n],
                 precision,
             )
-            for n, (name, x) in enumerate(
-                zip(SEPARATE_WEIGHTS, (query, key, value), strict=True)
-            )
+            for n, (name, x) in enumerate(zip(SEPARATE_WEIGHTS, inputs, strict=False))
         ]
     else:
         projected = []
-        for x, rows in _groups(query, key, value):
+        for x, rows in _groups(*inputs):
             out = _packed(x, rows, params["in_proj_weight"], bias, precision)
             projected.extend(out[:, :, n] for n in range(out.shape[2]))
-    names = ("query_proj", "key_proj", "value_proj")
-    q, k, v = map(checkpoint_name, projected, names)
+    projected = list(map(checkpoint_name, projected, names))
+    q, k, v = projected if len(projected) == 3 else (*projected, None, None)
     return q, k, v
 
 
-def _groups(query: Query, key: Key, value: Value) -> list[tuple[Array, slice]]:
+def _groups(
+    query: Query, key: Key | None = None, value: Value | None = None
+) -> list[tuple[Any, slice]]:
     """Returns the inputs, and which of query, key and value each of them is."""
+    if key is None:
+        return [(query, slice(0, 1))]
     if query is key is value:
         return [(query, slice(0, 3))]
     if key is value:
@@ -207,21 +233,18 @@ def _linear(
     """
     x, wide = jnp.asarray(x, weight.dtype), accumulation_dtype(weight.dtype)
     over = range(x.ndim - axes, x.ndim), range(weight.ndim - axes, weight.ndim)
-    out = lax.dot_general(
-        x, weight, (over, ((), ())), precision=precision, preferred_element_type=wide
+    product = functools.partial(
+        lax.dot_general, precision=precision, preferred_element_type=wide
     )
+    if x.shape[0] * x.shape[1] <= _FEW_TOKENS and not _is_quantized():
+        # XLA's CPU compiler transposes the second factor, of which there is less here.
+        out = product(weight, x, ((over[1], over[0]), ((), ())))
+        out = jnp.moveaxis(out, (-2, -1), (0, 1))
+    else:
+        out = product(x, weight, (over, ((), ())))
     if bias is not None:
         out = out + bias.astype(wide)[None, None]
     return out.astype(x.dtype)
-
-
-def _or_static(projected: KeyHeads, static: ArrayLike | None) -> KeyHeads:
-    """Returns what PyTorch's (batch * heads, src, head_dim) says, if it is given."""
-    if static is None:
-        return projected
-    batch, _, num_heads, _ = projected.shape
-    shape = (batch, num_heads, *static.shape[1:])
-    return jnp.asarray(static, projected.dtype).reshape(shape).swapaxes(1, 2)
 
 
 def _extra_columns(params: Params, add_zero_attn: bool) -> Extra | None:

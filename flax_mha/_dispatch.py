@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from flax_mha._call import Call
 from flax_mha._checks import arguments, layer
+from flax_mha._heads_first import HeadsFirst
 from flax_mha._kernels import KERNELS, blockwise, reference
 from flax_mha._layouts import Padded, Ragged
 from flax_mha._lowering import Target, at_lowering, linear_at_lowering
@@ -37,7 +38,7 @@ from flax_mha._typing import (
 def dot_product_attention(
     call: Call,
     *,
-    layout: Padded | Ragged | None = None,
+    layout: Padded | Ragged | HeadsFirst | None = None,
     weights: Weighting = None,
     precision: Precision = None,
     implementation: str | None = None,

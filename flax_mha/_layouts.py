@@ -88,7 +88,7 @@ class Padded:
             with_bias: Whether those of float masks are wanted.
         """
         gradients = pull_back(self.padded(call), out, lse, d_out, d_weights)
-        return _split(gradients, call.key.shape[1], call.extra)
+        return split_extra(gradients, call.key.shape[1], call.extra)
 
 
 @jax.tree_util.register_dataclass
@@ -181,7 +181,7 @@ class Ragged(Places):
         lse = self._queries(lse[None]).to_padded(jnp.inf).swapaxes(1, 2)
         out, d_out = (self._queries(x).to_padded() for x in (out, d_out))
         gradients = pull_back(self.padded(call), out, lse, d_out, d_weights)
-        gradients = _split(gradients, keys.max_len, call.extra)
+        gradients = split_extra(gradients, keys.max_len, call.extra)
         return gradients._replace(
             query=_pack(gradients.query, queries)[None],
             key=_pack(gradients.key, keys)[None],
@@ -221,7 +221,7 @@ class Ragged(Places):
         return RaggedArray(x[0], self.key_offsets, self.max_lens[1])
 
 
-def _split(gradients: Gradients, src_len: int, extra: Extra | None) -> Gradients:
+def split_extra(gradients: Gradients, src_len: int, extra: Extra | None) -> Gradients:
     """Returns the gradients with those of the extra keys and values apart."""
     if extra is None:
         return gradients

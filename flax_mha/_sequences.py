@@ -3,24 +3,34 @@
 `of_layer` and `of_function` check a call, and return its sequences: those of the layer,
 with features, or those of PyTorch's bare attention, split into heads. Each kind has its
 `layout` for `_dispatch`, the arrays that lie so, and `result`, which gives the caller
-what lies as the query. Another way to lie is another class.
+what lies as the query. Another way to lie is another class; for those of a call with a
+cache, see `_cached_sequences`.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_mha._checks import arguments, functional, layer
+from flax_mha._heads_first import HeadsFirst
 from flax_mha._layouts import Padded, Ragged
 from flax_mha._masks import Mask, TorchMasks
 from flax_mha._ragged import call_checks
 from flax_mha._ragged.array import RaggedArray
 from flax_mha._ragged.tokens import nan_unless
-from flax_mha._typing import Array, ArrayLike, Extra, MaskArray, Sequences
+from flax_mha._typing import (
+    Array,
+    ArrayLike,
+    Extra,
+    KeyHeads,
+    MaskArray,
+    Sequences,
+    ValueHeads,
+)
 
 _Three = tuple[Array, Array, Array]
 
@@ -37,7 +47,7 @@ def of_layer(
     batch_first: bool,
     static_k: ArrayLike | None,
     static_v: ArrayLike | None,
-) -> "PaddedSequences | RaggedSequences":
+) -> "PaddedSequences | StaticSequences | RaggedSequences":
     """Checks a call of multi-head attention, and returns its sequences.
 
     Args:
@@ -62,9 +72,20 @@ def of_layer(
         any_mask_shape=masks.is_replaced,
         **statics,
     )
+    call = query, key, value, masks, num_heads
     if is_ragged:
-        return RaggedSequences(query, key, value, masks, num_heads)
-    return PaddedSequences(query, key, value, masks, num_heads, batch_first)
+        return RaggedSequences(*call)
+    if static_k is not None or static_v is not None:
+        return StaticSequences(*call, batch_first, static_k, static_v)
+    return PaddedSequences(*call, batch_first)
+
+
+class Keys(NamedTuple):
+    """What queries attend to, as it lies for `layout`."""
+
+    key: Array
+    value: Array
+    layout: Padded | Ragged | HeadsFirst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,26 +98,51 @@ class PaddedSequences:
     masks: TorchMasks
     num_heads: int
     batch_first: bool
-    layout: ClassVar = Padded()
 
     def tokens(self) -> _Three:
         """Returns (batch, length, features); the same array for the same input."""
-        return _each(self._batch_first, (self.query, self.key, self.value))
+        return each(self.with_batch_first, (self.query, self.key, self.value))
+
+    def keys(self, key: KeyHeads, value: ValueHeads) -> Keys:
+        """Returns what to attend to, of the tokens' projections."""
+        return Keys(key, value, Padded())
 
     def mask(self, extra: Extra | None) -> Mask:
-        batch = self._batch_first(self.query).shape[0]
+        batch = self.with_batch_first(self.query).shape[0]
         return self.masks.mask(batch=batch, num_heads=self.num_heads, extra=extra)
 
-    def result(self, out: Array, weights: Array | None) -> tuple[Array, Array | None]:
+    def result(
+        self, out: Array, weights: Array | None, keys: Keys | None = None
+    ) -> tuple[Array, Array | None]:
+        """Returns what the caller gets."""
         if self.query.ndim == 2:
             return out[0], None if weights is None else weights[0]
-        return self._batch_first(out), weights
+        return self.with_batch_first(out), weights
 
-    def _batch_first(self, x: Any) -> Any:
+    def with_batch_first(self, x: Any) -> Any:
         """Swaps the first two axes where they have to be, also back."""
         if self.query.ndim == 2:
             return x[None]
         return x if self.batch_first else x.swapaxes(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticSequences(PaddedSequences):
+    """With keys or values in place of the projected, (batch * heads, src, head_dim)."""
+
+    static_k: ArrayLike | None
+    static_v: ArrayLike | None
+
+    def keys(self, key: KeyHeads, value: ValueHeads) -> Keys:
+        def heads_first(projected, static):
+            if static is None:
+                return projected.swapaxes(1, 2)
+            batch = static.shape[0] // self.num_heads
+            shape = (batch, self.num_heads, *static.shape[1:])
+            return jnp.asarray(static, projected.dtype).reshape(shape)
+
+        key, value = heads_first(key, self.static_k), heads_first(value, self.static_v)
+        return Keys(key, value, HeadsFirst())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +155,14 @@ class RaggedSequences:
     masks: TorchMasks
     num_heads: int
 
-    @property
-    def layout(self) -> Ragged:
-        return Ragged.of(self.query, self.key)
-
     def tokens(self) -> _Three:
         """Returns (1, capacity, features); the same array for the same input."""
         inputs = self.query, self.key, self.value
-        read = _reader(*inputs, self.masks.key_padding_mask)
-        return _each(lambda x: read(x)[None], inputs)
+        read = reader(*inputs, self.masks.key_padding_mask)
+        return each(lambda x: read(x)[None], inputs)
+
+    def keys(self, key: KeyHeads, value: ValueHeads) -> Keys:
+        return Keys(key, value, Ragged.of(self.query, self.key))
 
     def mask(self, extra: Extra | None) -> Mask:
         masks = self.masks
@@ -128,7 +173,7 @@ class RaggedSequences:
         return masks.mask(batch=batch, num_heads=self.num_heads, extra=extra)
 
     def result(
-        self, out: Array, weights: Array | None
+        self, out: Array, weights: Array | None, keys: Keys
     ) -> tuple[RaggedArray, Array | None]:
         return dataclasses.replace(self.query, values=out[0]).only_tokens(), weights
 
@@ -183,7 +228,7 @@ class PaddedHeads:
             x = x.reshape(math.prod(outer), heads, *x.shape[-2:])
             return x.swapaxes(1, 2)
 
-        return _each(four_axes, arrays)
+        return each(four_axes, arrays)
 
     def mask(self, attn_mask: ArrayLike | None, is_causal: bool) -> Mask:
         outer = (self.leading or (1,))[:-1]
@@ -212,7 +257,7 @@ class RaggedHeads:
         """Returns queries, keys and values, (1, capacity, heads, dim)."""
         inputs = self.query, self.key, self.value
         dtype = jnp.result_type(*(x.values for x in inputs))
-        read = _reader(*inputs)
+        read = reader(*inputs)
 
         def all_heads(x):
             x = jnp.asarray(read(x), dtype)
@@ -220,7 +265,7 @@ class RaggedHeads:
                 x = jnp.repeat(x, self.num_heads // x.shape[1], axis=1)
             return jnp.broadcast_to(x, (x.shape[0], self.num_heads, x.shape[2]))[None]
 
-        return _each(all_heads, inputs)
+        return each(all_heads, inputs)
 
     def mask(self, attn_mask: ArrayLike | None, is_causal: bool) -> Mask:
         return _mask(attn_mask, is_causal, (len(self.query),), self.key.max_len)
@@ -229,13 +274,16 @@ class RaggedHeads:
         return dataclasses.replace(self.query, values=out[0])
 
 
-def _each(function: Callable[[Any], Array], inputs: tuple[Any, Any, Any]) -> _Three:
+def each(
+    function: Callable[[Any], Any], inputs: tuple[Any, Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Returns `function` of each; the same for the same."""
     results = {id(x): function(x) for x in inputs}
     q, k, v = (results[id(x)] for x in inputs)
     return q, k, v
 
 
-def _reader(
+def reader(
     query: RaggedArray, key: RaggedArray, *like_key: RaggedArray | None
 ) -> Callable[[RaggedArray], Array]:
     """Returns a function that returns values, with zeros in the slack.

@@ -4,11 +4,13 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_pr
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
 from flax_mha import _dispatch, _sequences
 from flax_mha._attention import multi_head_attention
+from flax_mha._cache import KeyValueCache
 from flax_mha._call import Call
 from flax_mha._checks import arguments, functional, layer
 from flax_mha._dropout import Dropout
@@ -19,8 +21,8 @@ __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
 def multi_head_attention_forward(
     query: Sequences,
-    key: Sequences,
-    value: Sequences,
+    key: Sequences | None,
+    value: Sequences | None,
     embed_dim_to_check: int,
     num_heads: int,
     in_proj_weight: ArrayLike | None,
@@ -47,7 +49,8 @@ def multi_head_attention_forward(
     dropout_rng: Array | None = None,
     precision: Precision = None,
     implementation: str | None = None,
-) -> tuple[Sequences, Array | None]:
+    cache: KeyValueCache | None = None,
+) -> tuple[Any, ...]:
     """Computes `torch.nn.functional.multi_head_attention_forward`.
 
     Inputs are (length, batch, features), or (length, features) without a batch, or
@@ -71,9 +74,14 @@ def multi_head_attention_forward(
         dropout_rng: JAX random key, needed if `training` and `dropout_p > 0`.
         precision: Of all products, as `jax.numpy.einsum` takes it.
         implementation: Kernel that must run; see `MultiheadAttention`.
+        cache: What the sequences hold so far. Key and value, unless they are None, are
+            appended, and all that it then holds is attended to: masks have
+            `cache.length` columns, and `is_causal` is by position, also beside an
+            `attn_mask`. No dropout.
 
     Returns:
-        The output, (tgt_len, batch, M), and the weights or None.
+        The output, (tgt_len, batch, M), and the weights or None; with a cache, also the
+        next one.
 
     Raises:
         ValueError: Shapes disagree, or a weight that is needed is None.
@@ -98,7 +106,9 @@ def multi_head_attention_forward(
     }
     params = functional.parameters(weights, others, embed_dim_to_check)
     if "bias_k" in params:
-        functional.no_static(static_k=static_k, static_v=static_v)
+        functional.no_static("bias_k and bias_v are", static_k, static_v)
+    if cache is not None:
+        functional.no_static("a cache is", static_k, static_v)
     return multi_head_attention(
         _with_heads(params, num_heads),
         query,
@@ -114,6 +124,7 @@ def multi_head_attention_forward(
         dropout=_dropout(dropout_p, dropout_rng) if training else None,
         static_k=static_k,
         static_v=static_v,
+        cache=cache,
         precision=precision,
         implementation=implementation,
     )

@@ -10,11 +10,14 @@ from flax.typing import Initializer
 
 from flax_mha import _masks
 from flax_mha._attention import multi_head_attention, project_out
+from flax_mha._cache import KeyValueCache
 from flax_mha._checks import arguments, layer
+from flax_mha._checks import cache as cache_checks
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
 from flax_mha._initializers import by_kind, with_initializers
 from flax_mha._params import ParamSpec, parameter_table
+from flax_mha._ragged.array import RaggedArray
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
 
@@ -63,6 +66,10 @@ class MultiheadAttention(nn.Module):
         logical_axes: Box parameters in `nn.LogicallyPartitioned`, for
             `nn.get_partition_spec` and `nn.logical_to_mesh_sharding`. The names are
             "qkv", "heads", "head_dim" and "embed".
+        decode: Keep keys and values in the "cache" collection, as a `KeyValueCache`,
+            and attend to all that it holds; see `docs/decoding.md`. `init` makes room
+            for as many tokens as its key has.
+        cache_dtype: Of what is kept; None: that of the computation.
 
     Parameters have PyTorch's names and values, reshaped so that heads are an axis:
     `in_proj_weight` is (3, num_heads, head_dim, embed_dim), for example.
@@ -83,6 +90,8 @@ class MultiheadAttention(nn.Module):
     deterministic: bool | None = None
     precision: Precision = None
     implementation: str | None = None
+    decode: bool = False
+    cache_dtype: DType | None = None
 
     kernel_init: Initializer | None = None
     out_kernel_init: Initializer | None = None
@@ -93,7 +102,9 @@ class MultiheadAttention(nn.Module):
 
     def __post_init__(self):
         checks.constructor(self, self.device)
-        arguments.python_bools(logical_axes=self.logical_axes)
+        arguments.python_bools(logical_axes=self.logical_axes, decode=self.decode)
+        if self.cache_dtype is not None:
+            arguments.floating_dtype("cache_dtype", self.cache_dtype)
         super().__post_init__()
 
     @property
@@ -104,8 +115,8 @@ class MultiheadAttention(nn.Module):
     def __call__(
         self,
         query: Sequences,
-        key: Sequences,
-        value: Sequences,
+        key: Sequences | None,
+        value: Sequences | None,
         key_padding_mask: Sequences | None = None,
         need_weights: bool = True,
         attn_mask: ArrayLike | None = None,
@@ -143,6 +154,11 @@ class MultiheadAttention(nn.Module):
             sow_weights: Also record the weights that are returned, as
                 "attention_weights" of the "intermediates".
 
+        With `decode=True`, except in `init`: key and value are appended to the cache,
+        which `apply(..., mutable=["cache"])` returns, or are None, and all that it then
+        holds is attended to. Masks have as many columns as it has room for.
+        `is_causal` is by position, also beside an `attn_mask`. No dropout.
+
         Returns:
             The output, (batch, tgt_len, embed_dim), a `RaggedArray` if the query is
             one, and the weights after dropout, (batch, tgt_len, src_len), or (batch,
@@ -175,7 +191,8 @@ class MultiheadAttention(nn.Module):
         )
         params = _declare(self, table)
         params |= {f"out_proj.{name}": p for name, p in out_proj.params.items()}
-        out, weights = multi_head_attention(
+        cache = self._cache(params, query, key) if self.decode else None
+        out, weights, *cached = multi_head_attention(
             params,
             query,
             key,
@@ -188,11 +205,14 @@ class MultiheadAttention(nn.Module):
             is_causal=is_causal,
             add_zero_attn=self.add_zero_attn,
             dropout=self._dropout(deterministic),
+            cache=cache,
             dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
             out_proj=out_proj,
         )
+        if key is not None and cached:
+            self.put_variable("cache", "kv", *cached)
         if sow_weights:
             self.sow("intermediates", "attention_weights", weights)
         return out, weights
@@ -216,6 +236,23 @@ class MultiheadAttention(nn.Module):
         """
         layer.mergeable_masks(attn_mask, key_padding_mask, query)
         return _masks.merge(attn_mask, key_padding_mask, query, self.num_heads)
+
+    def _cache(
+        self, params: dict[str, Array], query: Sequences, key: Sequences
+    ) -> KeyValueCache | None:
+        """Returns what is kept so far; in `init`, None, and makes room."""
+        if self.has_variable("cache", "kv"):
+            return self.get_variable("cache", "kv")
+        cache_checks.can_be_made(self.is_initializing(), key)
+        dtype = self.cache_dtype or self.dtype
+        dtype = dtype or jnp.result_type(query, key, *params.values())
+        batch, length = 1, key.shape[0]
+        if key.ndim == 3:
+            is_first = self.batch_first or isinstance(key, RaggedArray)
+            batch, length = key.shape[:2] if is_first else key.shape[1::-1]
+        cache = KeyValueCache.empty(batch, length, self.num_heads, self.head_dim, dtype)
+        self.put_variable("cache", "kv", cache)
+        return None
 
     def _table(self) -> dict[str, ParamSpec]:
         table = parameter_table(

@@ -11,7 +11,9 @@ from flax.typing import Initializer
 
 from flax_mha import _masks
 from flax_mha._attention import multi_head_attention, project_out
-from flax_mha._checks import layer
+from flax_mha._cache import KeyValueCache
+from flax_mha._checks import arguments, layer
+from flax_mha._checks import cache as cache_checks
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
 from flax_mha._initializers import by_kind, given, with_initializers
@@ -42,6 +44,9 @@ class MultiheadAttention(nnx.Module):
             batch_first, device: PyTorch's, in its order.
         dtype, param_dtype, deterministic, precision, implementation: As in linen.
             `deterministic` is what `train()`, `eval()` and `nnx.view` set.
+        decode, cache_dtype: As in linen, with the cache in `self.cache`, an `nnx.Cache`
+            that `init_cache` or `nnx.view(mha, decode=True, batch_size=...,
+            max_length=...)` makes.
         kernel_init, out_kernel_init, bias_init, out_bias_init, bias_kv_init: As in
             linen. `nnx.with_partitioning` may be round them.
         kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata,
@@ -77,6 +82,8 @@ class MultiheadAttention(nnx.Module):
         deterministic: bool | None = None,
         precision: Precision = None,
         implementation: str | None = None,
+        decode: bool = False,
+        cache_dtype: DType | None = None,
         kernel_init: Initializer | None = None,
         out_kernel_init: Initializer | None = None,
         bias_init: Initializer | None = None,
@@ -104,6 +111,9 @@ class MultiheadAttention(nnx.Module):
         self.deterministic = deterministic
         self.precision = precision
         self.implementation = implementation
+        self.decode = decode
+        self.cache_dtype = cache_dtype
+        self.cache = nnx.data(None)
         checks.constructor(self, device)
 
         inits = by_kind(
@@ -127,8 +137,8 @@ class MultiheadAttention(nnx.Module):
     def __call__(
         self,
         query: Sequences,
-        key: Sequences,
-        value: Sequences,
+        key: Sequences | None,
+        value: Sequences | None,
         key_padding_mask: Sequences | None = None,
         need_weights: bool = True,
         attn_mask: ArrayLike | None = None,
@@ -151,7 +161,10 @@ class MultiheadAttention(nnx.Module):
                 as an `nnx.Intermediate` "attention_weights".
         """
         checks.sown_weights(sow_weights, need_weights)
-        out, weights = multi_head_attention(
+        kept = self.cache if self.decode else None
+        if self.decode:
+            cache_checks.has_been_made(kept)
+        out, weights, *cached = multi_head_attention(
             self._parameters(),
             query,
             key,
@@ -164,23 +177,59 @@ class MultiheadAttention(nnx.Module):
             is_causal=is_causal,
             add_zero_attn=self.add_zero_attn,
             dropout=self._dropout(deterministic, rngs),
+            cache=None if kept is None else kept.get_value(),
             dtype=self.dtype,
             precision=self.precision,
             implementation=self.implementation,
             out_proj=self.out_proj,
         )
+        if kept is not None and key is not None:
+            kept.set_value(*cached)
         if sow_weights:
             self.sow(nnx.Intermediate, "attention_weights", weights)
         return out, weights
 
-    def set_view(self, deterministic: bool | None = None):
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: DType | None = None
+    ) -> None:
+        """Makes an empty cache for `decode=True`, in place of what there is.
+
+        Args:
+            batch_size: How many sequences; 1 for inputs without a batch.
+            max_length: Tokens of each that there is room for.
+            dtype: Of what is kept; None: `cache_dtype`, or that of the computation.
+
+        Raises:
+            ValueError: A size is negative.
+            TypeError: A size is no integer, or the dtype not floating point.
+        """
+        dtype = dtype or self.cache_dtype or self.dtype or self.param_dtype
+        sizes = batch_size, max_length, self.num_heads, self.head_dim
+        self.cache = nnx.Cache(KeyValueCache.empty(*sizes, dtype))
+
+    def set_view(
+        self,
+        deterministic: bool | None = None,
+        decode: bool | None = None,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ):
         """Class method used by ``nnx.view``.
 
         Args:
           deterministic: if True, no dropout.
+          decode: if True, keeps keys and values; if False, drops them.
+          batch_size: of the cache that is made, if this and max_length are given.
+          max_length: tokens of each sequence that there is room for.
         """
         if deterministic is not None:
             self.deterministic = deterministic
+        if decode is not None:
+            arguments.python_bools(decode=decode)
+            self.decode = decode
+            self.cache = self.cache if decode else nnx.data(None)
+        if batch_size is not None and max_length is not None:
+            self.init_cache(batch_size, max_length)
 
     def merge_masks(
         self,

@@ -5,13 +5,13 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
-KERNELS = ["blockwise", "cudnn", "ragged", "reference", "splash"]
+KERNELS = ["blockwise", "cudnn", "heads_first", "ragged", "reference", "splash"]
 LAYERS = [
     ["_typing", "_mesh", "_lazy"],
     ["_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
     ["_call", "_initializers", "training"],
-    ["_checks.layer", "_checks.functional", "_checks"],
+    ["_checks.layer", "_checks.functional", "_checks.cache", "_checks"],
     ["_ragged.checks"],
     ["_ragged.call_checks", "_ragged.tokens"],
     ["_ragged.array"],
@@ -23,8 +23,11 @@ LAYERS = [
     ["_checks.module"],
     ["_plan"],
     ["_layouts"],
+    ["_cache"],
+    ["_heads_first"],
     ["_dispatch", "_explain"],
     ["_sequences"],
+    ["_cached_sequences"],
     ["_attention"],
     ["linen", "nnx", "functional"],
     ["convert._arrays", "convert._families", "convert._layers", "convert._model"],

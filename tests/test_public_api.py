@@ -43,6 +43,7 @@ def test_that_the_test_above_can_fail(imports):
 def test_public_names():
     assert set(dir(flax_mha)) == {
         "Explanation",
+        "KeyValueCache",
         "MultiheadAttention",
         "RaggedArray",
         "convert",

@@ -63,12 +63,12 @@ def parameters(
     return params
 
 
-def no_static(**statics: ArrayLike | None) -> None:
-    for name, static in statics.items():
+def no_static(why: str, static_k: ArrayLike | None, static_v: ArrayLike | None) -> None:
+    for name, static in dict(static_k=static_k, static_v=static_v).items():
         if static is not None:
             raise ValueError(
-                f"{name} must be None if bias_k and bias_v are given: they cannot be "
-                f"appended to it. Got shape {static.shape}."
+                f"{name} must be None if {why} given: they cannot be appended to it. "
+                f"Got shape {static.shape}."
             )
 
 

@@ -51,6 +51,7 @@ def call(
     any_mask_shape: bool = False,
     static_k: ArrayLike | None = None,
     static_v: ArrayLike | None = None,
+    cached_len: int | None = None,
 ) -> None:
     """Checks everything that multi-head attention is called with.
 
@@ -59,6 +60,7 @@ def call(
         any_mask_shape: `attn_mask` is there but will not be read. As PyTorch, look
             only at its rank then, and at the shape of a 3-D mask without a batch.
         static_k, static_v: What replaces the projected key and value.
+        cached_len: How many keys masks are for, if it is not those of `key`.
     """
     arguments.floating(query=query, key=key, value=value)
     arguments.mask_dtypes(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
@@ -85,7 +87,7 @@ def call(
         batch=batch,
         num_heads=num_heads,
         tgt_len=tgt_len,
-        src_len=src_len,
+        src_len=src_len if cached_len is None else cached_len,
     )
 
 

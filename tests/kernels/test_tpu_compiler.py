@@ -204,3 +204,32 @@ def test_blocks_of_ragged_batches_take_memory_by_the_token(options):
     assert kernels(program) == 0
     # An array of all tokens in float32 has 16 MiB, all the logits 1 GiB and more.
     assert temporaries(program) <= 4 * (8192 * 512 * 4)
+
+
+@pytest.mark.parametrize(
+    "batch, dtype", [(1, "bfloat16"), (8, "bfloat16"), (8, "float32")]
+)
+def test_a_step_of_decoding_copies_no_cache(batch, dtype):
+    mha = MultiheadAttention(
+        512, 8, batch_first=True, param_dtype="bfloat16", decode=True, cache_dtype=dtype
+    )
+    full = jax.ShapeDtypeStruct((batch, 8192, 512), "bfloat16")
+    x = jax.ShapeDtypeStruct((batch, 1, 512), "bfloat16")
+    variables = jax.eval_shape(mha.init, jax.random.key(0), full, full, full)
+
+    def step(cache, params, x):
+        variables = {"params": params, "cache": cache}
+        options = dict(is_causal=True, need_weights=False, mutable=["cache"])
+        (out, _), state = mha.apply(variables, x, x, x, **options)
+        return state["cache"], out
+
+    here = SingleDeviceSharding(devices("v5e:2x2")[0])
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        (variables["cache"], variables["params"], x),
+    )
+    memory = jax.jit(step, donate_argnums=0).lower(*args).compile().memory_analysis()
+    keys = variables["cache"]["kv"].keys
+    nbytes = keys.size * keys.dtype.itemsize
+    assert memory.alias_size_in_bytes >= 2 * nbytes  # updated in place
+    assert memory.temp_size_in_bytes < nbytes / 4

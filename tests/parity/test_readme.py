@@ -18,6 +18,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 GUIDE = ROOT / "docs" / "converting.md"
 RAGGED = ROOT / "docs" / "ragged.md"
 TRAINING = ROOT / "docs" / "training.md"
+DECODING = ROOT / "docs" / "decoding.md"
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,13 @@ def test_a_reader_can_run_a_page_from_top_to_bottom(page, monkeypatch):
         exec(compile(block, page.name, "exec"), names)
 
 
+def test_a_reader_can_run_the_guide_to_decoding():
+    names = {}
+    text = DECODING.read_text()
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(block, DECODING.name, "exec"), names)
+
+
 def test_the_drawing_of_blocks_is_of_those_that_are_computed():
     with jax.enable_x64(False):
         drawing = runpy.run_path(str(ROOT / "docs" / "draw_ragged_blocks.py"))
@@ -85,7 +93,9 @@ def test_the_drawing_of_blocks_is_of_those_that_are_computed():
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", GUIDE, RAGGED, TRAINING], ids=lambda page: page.name
+    "page",
+    [ROOT / "README.md", GUIDE, RAGGED, TRAINING, DECODING],
+    ids=lambda page: page.name,
 )
 def test_every_file_that_a_page_names_exists(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())

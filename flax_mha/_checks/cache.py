@@ -1,0 +1,97 @@
+"""What is checked of a call with a `KeyValueCache`."""
+
+from typing import Any
+
+from flax_mha._checks import arguments
+from flax_mha._typing import ArrayLike
+
+
+def sizes(**sizes: int) -> None:
+    """Checks the sizes that a cache is made with."""
+    for name, size in sizes.items():
+        arguments.size(name, size)
+
+
+def is_for(cache: Any, *, batch: int, num_heads: int, head_dim: int) -> None:
+    """Checks that a cache is one for this call."""
+    wanted = (batch, num_heads, head_dim)
+    has, _, heads = cache.keys.shape[:2], cache.length, cache.keys.shape[3]
+    if (*has, heads) != wanted or cache.values.shape[3] != head_dim:
+        raise ValueError(
+            "cache must be one of (batch, num_heads, head_dim) = "
+            f"{wanted}, got {(*has, heads)}; without a batch, batch is 1."
+        )
+
+
+def room(position: ArrayLike, length: int, new: int) -> None:
+    """Checks that so many tokens more fit, where that is known."""
+    before = arguments.known(position)
+    most = 0 if before is None else int(before.max(initial=0))
+    if most + new > length:
+        raise ValueError(
+            f"the cache has room for {length} tokens and holds "
+            f"{'an unknown number' if before is None else most}, got {new} more: make "
+            "one of more length."
+        )
+
+
+def no_dropout(dropout: Any) -> None:
+    if dropout is not None:
+        raise ValueError(
+            "dropout must be off, by deterministic=True, training=False or a rate of "
+            "0, in a call with a cache: which weights a full pass would drop depends "
+            "on how many queries it has."
+        )
+
+
+def cache_of(cache: Any, kind: type) -> Any:
+    if not isinstance(cache, kind):
+        raise TypeError(
+            f"cache must be a flax_mha.KeyValueCache, got {arguments.describe(cache)}."
+        )
+    return cache
+
+
+def keys_and_values(key: Any, value: Any, is_causal: bool) -> None:
+    """Checks that both are there, or none, and then nothing that would need them."""
+    if (key is None) != (value is None):
+        raise ValueError(
+            "key and value must both be given, or both be None, to attend to what the "
+            f"cache holds; got {arguments.describe(key)} and "
+            f"{arguments.describe(value)}."
+        )
+    if key is None and is_causal:
+        raise ValueError(
+            "is_causal must be False if key and value are None: the queries have no "
+            "position among the keys that the cache holds."
+        )
+
+
+def same_length(tgt_len: int, src_len: int) -> None:
+    if tgt_len != src_len:
+        raise ValueError(
+            "query and key must be as long if is_causal=True with a cache, as each "
+            f"query is where its key is; got {tgt_len} and {src_len}."
+        )
+
+
+def can_be_made(is_initializing: bool, key: Any) -> None:
+    """Checks that `decode=True` finds a cache, or makes one."""
+    if not is_initializing:
+        raise ValueError(
+            'decode=True needs the "cache" collection, as `init` with key and value '
+            "of the full length returns it; got none."
+        )
+    if key is None:
+        raise ValueError(
+            "key must be given to init with decode=True, as long as the cache is to "
+            "be; got None."
+        )
+
+
+def has_been_made(cache: Any) -> None:
+    if cache is None:
+        raise ValueError(
+            "decode=True needs a cache: call init_cache, or nnx.view with decode=True, "
+            "batch_size and max_length; got none."
+        )
