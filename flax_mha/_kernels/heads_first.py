@@ -3,9 +3,10 @@
 As caches lie: what one query multiplies with is read as it is, and once. The logits of
 so few are less than the keys, so they may all exist at once.
 
-But XLA's CPU compiler copies all the keys for a batch of one, and where it has to
-convert them. There, they are taken by blocks, a sequence at a time, and none behind the
-last key that it holds.
+On CPUs they may also be taken by blocks, a sequence at a time, and none behind the last
+key that it holds. XLA copies each block, so that pays where no more than half of the
+keys are there; and of a batch of one, and of keys that it has to convert, it would
+otherwise copy all.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from flax_mha._typing import (
     Weights,
 )
 
-_COLUMNS = 128  # keys in a block: with all heads, what stays in a core's cache
+_COLUMNS = 64  # keys in a block: those of 8 heads stay in the fastest caches
 
 
 def forward(
@@ -50,20 +51,16 @@ def forward(
         read: Returns the numbers of a part of keys or values.
         whole: Takes all sequences and keys at once, as GPUs and TPUs should.
     """
-    batch, _, src_len, _ = call.key.shape
-    whole = whole or src_len <= _COLUMNS
-    whole = whole or (batch > 1 and call.key.dtype == call.query.dtype)
     work = _Work(call, read, precision)
-    if whole:
-        running = work.over_keys(_Part(0, batch, src_len), src_len)
+    batch, _, src_len, _ = call.key.shape
+    in_place = batch > 1 and call.key.dtype == call.query.dtype
+    if whole or src_len <= _COLUMNS or (in_place and held is None):
+        running = work.at_once()
+    elif in_place:
+        is_full = jnp.sum(held) > batch * src_len // 2
+        running = lax.cond(is_full, work.at_once, lambda: work.by_blocks(held))
     else:
-
-        def one_sequence(b):
-            last = src_len if held is None else jnp.minimum(held[b], src_len)
-            running = work.over_keys(_Part(b, 1, _COLUMNS), last)
-            return jax.tree.map(lambda x: x[0], running)
-
-        running = lax.map(one_sequence, jnp.arange(batch, dtype=jnp.int32))
+        running = work.by_blocks(held)
     running, lse = running.finish(dead_is_zero=weights is None)
     out = running.out.swapaxes(1, 2).astype(call.query.dtype)
     return out, lse, work.weights(weights, lse)
@@ -83,6 +80,20 @@ class _Work:
     call: Call
     read: Callable[[Array], Array]
     precision: Precision
+
+    def at_once(self) -> Running:
+        batch, _, src_len, _ = self.call.key.shape
+        return self.over_keys(_Part(0, batch, src_len), src_len)
+
+    def by_blocks(self, held: Array | None) -> Running:
+        batch, _, src_len, _ = self.call.key.shape
+
+        def one_sequence(b):
+            last = src_len if held is None else jnp.minimum(held[b], src_len)
+            running = self.over_keys(_Part(b, 1, _COLUMNS), last)
+            return jax.tree.map(lambda x: x[0], running)
+
+        return lax.map(one_sequence, jnp.arange(batch, dtype=jnp.int32))
 
     def over_keys(self, part: _Part, last: Array | int) -> Running:
         """Returns the softmax over keys up to `last`, not normalised."""

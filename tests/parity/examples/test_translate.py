@@ -8,6 +8,8 @@ from safetensors.numpy import load_file
 
 from examples import numbers_in_words, train_translate_in_torch, translate
 
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+
 
 @pytest.fixture(scope="module")
 def theirs():
@@ -33,7 +35,6 @@ def _as_users_have_it():
         yield
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_greedy_decoding_is_pytorchs_and_right(theirs, numbers):
     src, tgt = numbers
     want = train_translate_in_torch.translate(theirs, torch.from_numpy(src).long())
@@ -42,7 +43,6 @@ def test_greedy_decoding_is_pytorchs_and_right(theirs, numbers):
     assert np.mean((got == tgt).all(axis=1)) >= 0.98
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_beam_is_pytorchs(theirs, numbers):
     src = numbers[0][:20]
     want = train_translate_in_torch.beam_search(
