@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -97,7 +98,8 @@ def multi_head_attention(
     arrays = [x for x in (*tokens, *params.values()) if x is not None]
     dtype = dtype or jnp.result_type(*arrays)
     params = {name: _cast(param, dtype) for name, param in params.items()}
-    q, k, v = _project(params, *tokens, precision=precision)
+    with jax.named_scope("in_proj"):
+        q, k, v = _project(params, *tokens, precision=precision)
     keys = sequences.keys(k, v)
     extra = _extra_columns(params, add_zero_attn)
     scale = 1 / math.sqrt(q.shape[3])
@@ -110,7 +112,8 @@ def multi_head_attention(
     )
     if out_proj is None:
         weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
-        out = project_out(attended, weight, bias, precision)
+        with jax.named_scope("out_proj"):
+            out = project_out(attended, weight, bias, precision)
     else:
         out = out_proj(attended)
     return sequences.result(checkpoint_name(out, "out_proj"), weights, keys)
@@ -233,7 +236,8 @@ def _linear(
     product = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=wide
     )
-    if x.shape[0] * x.shape[1] <= _FEW_TOKENS and not _is_quantized():
+    tokens = x.shape[0] * x.shape[1]  # or symbolic, in an export
+    if isinstance(tokens, int) and tokens <= _FEW_TOKENS and not _is_quantized():
         # XLA's CPU compiler transposes the second factor, of which there is less here.
         out = product(weight, x, ((over[1], over[0]), ((), ())))
         out = jnp.moveaxis(out, (-2, -1), (0, 1))

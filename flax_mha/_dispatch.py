@@ -1,7 +1,8 @@
 """Which kernel runs a call: chosen when the program is lowered; see `_lowering`.
 
-One derivative rule stands round all kernels: what a gradient keeps from the forward
-pass is the arguments, the result and the log of each row's sum, whichever kernel runs.
+One derivative rule stands round all kernels. What a gradient keeps from the forward
+pass is the arguments, the result and the log of each row's sum, whichever kernel runs;
+tangents, and derivatives of derivatives, are those of `blockwise`.
 """
 
 import dataclasses
@@ -44,9 +45,8 @@ def dot_product_attention(
 ) -> tuple[OutHeads, Weights | MeanWeights | None]:
     """Attends with the kernel named, or the best that can; see `_kernels`.
 
-    Reverse-mode derivatives of any order are those of the definition; forward mode
-    (`jax.jvp`) works on gradients but not on the function itself, except with
-    `implementation="reference"`. Under `jit`, weights nobody uses are not computed.
+    Derivatives of any order, forward and reverse, are those of the definition, at
+    memory linear in the lengths. Under `jit`, weights nobody uses are not computed.
 
     Args:
         call: Its masks are for arrays with padding, and its extra keys and values
@@ -65,7 +65,8 @@ def dot_product_attention(
     arguments.one_of("implementation", implementation, KERNELS)
     if implementation == "reference":
         attend = functools.partial(_by_definition, weights, precision)
-        out, _, found = layout.forward(attend, call)
+        with jax.named_scope("reference"):
+            out, _, found = layout.forward(attend, call)
         return checkpoint_name(out, "context"), found
     layer.no_explicit_sharding(query=call.query, key=call.key, value=call.value)
     plan = Plan.of(
@@ -79,7 +80,8 @@ def dot_product_attention(
     args = layout, _scaled(call)
     # Inside `jax.shard_map`, the gradient of what all devices share is a sum over them,
     # which belongs to this cast.
-    return _attend_jit(plan, *varying(args, varying_axes(args)))
+    with jax.named_scope("dot_product_attention"):
+        return _attend_jit(plan, *varying(args, varying_axes(args)))
 
 
 def _scaled(call: Call) -> Call:

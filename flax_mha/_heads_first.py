@@ -212,4 +212,5 @@ class Cached(HeadsFirst):
 
 
 def _is_few(call: Call) -> bool:
-    return call.query.shape[1] <= _FEW
+    tgt_len = call.query.shape[1]
+    return isinstance(tgt_len, int) and tgt_len <= _FEW  # not symbolic

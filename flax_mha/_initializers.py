@@ -24,6 +24,18 @@ def with_initializers(
     }
 
 
+def by_kind(
+    kernel: Any, out_kernel: Any, bias: Any, out_bias: Any, bias_kv: Any
+) -> dict[Kind, Any]:
+    return {
+        "kernel": kernel,
+        "out_kernel": out_kernel,
+        "bias": bias,
+        "out_bias": out_bias,
+        "bias_kv": bias_kv,
+    }
+
+
 def given(options: Mapping[Kind, Any], kind: Kind) -> Any:
     """Returns what is given for a kind; for the out-projection, else for the others."""
     own: Any = options.get(kind)

@@ -44,11 +44,12 @@ class Padded:
         """Returns what kernels take: arrays with padding, keys followed by extra."""
         if call.extra is None:
             return call
-        extra = (x[None] for x in call.extra)
-        pairs = zip((call.key, call.value), extra, strict=True)
+        batch = call.key.shape[0]
         key, value = (
-            jnp.concatenate([x, jnp.broadcast_to(more, (len(x), *more.shape[1:]))], 1)
-            for x, more in pairs
+            jnp.concatenate(
+                [x, jnp.broadcast_to(more[None], (batch, *more.shape))], axis=1
+            )
+            for x, more in zip((call.key, call.value), call.extra, strict=True)
         )
         return call._replace(key=key, value=value, extra=None)
 

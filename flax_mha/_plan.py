@@ -1,10 +1,8 @@
 """What is decided about a call when it is traced, and what when it is lowered."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.core
 
 from flax_mha._call import Call
 from flax_mha._kernels import KERNELS
@@ -54,10 +52,13 @@ class Plan(NamedTuple):
         """
 
         def reasons(kernel):
-            never = kernel.missing() or _asked(kernel.unsupported, call)
+            never = kernel.missing()
+            if not all(isinstance(size, int) for size in call.logits):
+                never = f"not all sizes are known in an export, {call.logits}"
+            never = never or kernel.unsupported(call)
             if never is not None:
                 return Reasons(never)
-            unnamed = _asked(kernel.unwise, call) or unwise
+            unnamed = kernel.unwise(call) or unwise
             return Reasons(None, unnamed, kernel.indivisible(call))
 
         if precision is None:  # kernels are traced later, outside of this context
@@ -96,13 +97,6 @@ class Plan(NamedTuple):
         unnamed = reasons.unnamed if self.implementation is None else None
         divided = reasons.divided if target.partitioned else None
         return reasons.never or unnamed or divided
-
-
-def _asked(question: Callable[[Call], str | None], call: Call) -> str | None:
-    try:
-        return question(call)
-    except jax.core.InconclusiveDimensionOperation:
-        return f"the sizes {call.logits} are not all known when it is exported"
 
 
 def is_whole(target: Target) -> bool:

@@ -15,8 +15,8 @@ from flax_mha._checks import arguments, layer
 from flax_mha._checks import cache as cache_checks
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
-from flax_mha._initializers import with_initializers
-from flax_mha._params import Kind, ParamSpec, parameter_table
+from flax_mha._initializers import by_kind, with_initializers
+from flax_mha._params import ParamSpec, parameter_table
 from flax_mha._ragged.array import RaggedArray
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
@@ -54,7 +54,7 @@ class MultiheadAttention(nn.Module):
         implementation: Kernel that must run, or else ValueError with the reason, where
             it can be known, while tracing, or when the program is lowered: "blockwise"
             (everywhere; memory linear in the lengths), "splash" (TPU), or "reference"
-            (all logits at once; allows `jax.jvp`). None: the best that can, for the
+            (all logits at once). None: the best that can, for the
             platform compiled for; see `flax_mha.explain`.
         kernel_init: Draws the weights of the in-projection, as a matrix (in_features,
             out_features); None: PyTorch's way.
@@ -263,13 +263,13 @@ class MultiheadAttention(nn.Module):
             bias=self.bias,
             add_bias_kv=self.add_bias_kv,
         )
-        inits: dict[Kind, Initializer | None] = {
-            "kernel": self.kernel_init,
-            "out_kernel": self.out_kernel_init,
-            "bias": self.bias_init,
-            "out_bias": self.out_bias_init,
-            "bias_kv": self.bias_kv_init,
-        }
+        inits = by_kind(
+            self.kernel_init,
+            self.out_kernel_init,
+            self.bias_init,
+            self.out_bias_init,
+            self.bias_kv_init,
+        )
         table = with_initializers(table, inits)
         if not self.logical_axes:
             return table

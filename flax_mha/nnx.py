@@ -16,9 +16,9 @@ from flax_mha._checks import arguments, layer
 from flax_mha._checks import cache as cache_checks
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
-from flax_mha._initializers import given, with_initializers
+from flax_mha._initializers import by_kind, given, with_initializers
 from flax_mha._mesh import place_by_names
-from flax_mha._params import Kind, ParamSpec, parameter_table
+from flax_mha._params import Kind, parameter_table
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
 __all__ = ["MultiheadAttention"]
@@ -116,42 +116,17 @@ class MultiheadAttention(nnx.Module):
         self.cache = nnx.data(None)
         checks.constructor(self, device)
 
-        inits: dict[Kind, Initializer | None] = {
-            "kernel": kernel_init,
-            "out_kernel": out_kernel_init,
-            "bias": bias_init,
-            "out_bias": out_bias_init,
-            "bias_kv": bias_kv_init,
-        }
-        metadata: dict[Kind, Metadata | None] = {
-            "kernel": kernel_metadata,
-            "out_kernel": out_kernel_metadata,
-            "bias": bias_metadata,
-            "out_bias": out_bias_metadata,
-            "bias_kv": bias_kv_metadata,
-        }
-
-        def declare(spec: ParamSpec) -> nnx.Param:
-            value = spec.init(rngs.params(), spec.shape, param_dtype)
-            return _param(value, spec.axes, given(metadata, spec.kind) or {}, device)
-
-        table = parameter_table(
-            embed_dim,
-            num_heads,
-            kdim=kdim,
-            vdim=vdim,
-            bias=bias,
-            add_bias_kv=add_bias_kv,
+        inits = by_kind(
+            kernel_init, out_kernel_init, bias_init, out_bias_init, bias_kv_init
         )
-        params = {
-            name: declare(spec)
-            for name, spec in with_initializers(table, inits).items()
-        }
-        for name in _NAMES:
-            setattr(self, name, params.get(name, nnx.data(None)))
-        self.out_proj = _OutProjection(
-            params["out_proj.weight"], params.get("out_proj.bias"), precision
+        metadata = by_kind(
+            kernel_metadata,
+            out_kernel_metadata,
+            bias_metadata,
+            out_bias_metadata,
+            bias_kv_metadata,
         )
+        self._declare(inits, metadata, device, rngs)
         forked = rngs.dropout.fork() if keep_rngs and dropout > 0 else None
         self.rngs = nnx.data(forked)
 
@@ -266,6 +241,33 @@ class MultiheadAttention(nnx.Module):
         layer.mergeable_masks(attn_mask, key_padding_mask, query)
         return _masks.merge(attn_mask, key_padding_mask, query, self.num_heads)
 
+    def _declare(
+        self,
+        inits: dict[Kind, Initializer | None],
+        metadata: dict[Kind, Metadata | None],
+        device: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the parameters."""
+        table = parameter_table(
+            self.embed_dim,
+            self.num_heads,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            bias=self.bias,
+            add_bias_kv=self.add_bias_kv,
+        )
+        params: dict[str, nnx.Param] = {}
+        for name, spec in with_initializers(table, inits).items():
+            value = spec.init(rngs.params(), spec.shape, self.param_dtype)
+            own = given(metadata, spec.kind) or {}
+            params[name] = _param(value, spec.axes, own, device)
+        for name in _NAMES:
+            setattr(self, name, params.get(name, nnx.data(None)))
+        self.out_proj = _OutProjection(
+            params["out_proj.weight"], params.get("out_proj.bias"), self.precision
+        )
+
     def _parameters(self) -> dict[str, Array]:
         """Returns the parameters by PyTorch's name."""
         params = {name: getattr(self, name) for name in _NAMES}
@@ -309,7 +311,8 @@ class _OutProjection(nnx.Module):
 
     def __call__(self, attended: OutHeads) -> Array:
         bias = None if self.bias is None else self.bias[...]
-        return project_out(attended, self.weight[...], bias, self.precision)
+        with jax.named_scope("out_proj"):  # as linen does by itself
+            return project_out(attended, self.weight[...], bias, self.precision)
 
 
 def _param(

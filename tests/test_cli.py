@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 
@@ -71,17 +72,115 @@ def test_inspect_lists_layers_look_alikes_and_sizes(folder, capsys):
     }
     convert.save_safetensors("more.safetensors", tensors)
     out = run(capsys, "inspect", "more.safetensors")
-    assert re.search(r"model\.layers\.1\.self_attn +torch +8 +float32 +1\.2 kB", out)
-    cross = r"cross\[0\]\.attn +torch +8, kdim 3, vdim 5 +bias=False +float32"
+    layer = r"model\.layers\.1\.self_attn +torch +\? +8 +float32 +1\.2 kB"
+    assert re.search(layer, out)
+    cross = r"cross\[0\]\.attn +torch +\? +8, kdim 3, vdim 5 +bias=False +float32"
     assert re.search(cross, out)
     assert re.search(r"whisper +missing: ", out)
     assert "17 tensors" in out
 
 
+def test_inspect_shows_heads_the_tree_in_flax_and_what_convert_asks(folder, capsys):
+    out = run(capsys, "inspect", "model.safetensors")
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    weight = "model/layers_*/self_attn/in_proj_weight"
+    assert "(3, heads, 8/heads, 8)   float32   2" in rows[weight]
+    assert "(8, 5)" in rows["model/embed/kernel"]
+    asked = out[out.index("convert asks:") :].splitlines()
+    assert asked[1].startswith("  the number of heads, which no tensor records")
+    assert asked[1].endswith(r" --num-heads 'model\.layers\.\d+\.self_attn=N'")
+    assert asked[2] == (
+        "  a Linear's or an Embedding's: model.embed.weight: "
+        "--kind 'model\\.embed=embedding' or \"kernel\""
+    )
+    (folder / "config.json").write_text('{"num_attention_heads": 4}')
+    out = run(capsys, "inspect", "model.safetensors")
+    assert re.search(r"model\.layers\.0\.self_attn +torch +4 +8 ", out)
+    assert "(3, 4, 2, 8)" in out and "heads, which" not in out
+
+
+def test_inspect_of_what_cannot_be_planned_says_so(folder, capsys):
+    convert.save_safetensors("a.safetensors", {"a": np.ones(2), "a.b": np.ones(2)})
+    out = run(capsys, "inspect", "a.safetensors")
+    assert "convert asks:\n  state_dict must give each path one parameter" in out
+
+
+def test_inspect_says_what_looks_alike_once_for_all_layers(folder, capsys):
+    tensors = {
+        f"layers.{n}.{name}": tensor
+        for n in range(12)
+        for name, tensor in attention("attn").items()
+    }
+    tensors |= {f"layers.{n}.attn.q_norm.weight": normal(4) for n in range(12)}
+    convert.save_safetensors("normed.safetensors", tensors)
+    out = run(capsys, "inspect", "normed.safetensors")
+    assert out.count("norms of queries and keys") == 2  # in the table, and asked
+    assert "layers.0.attn and 11 more   q_norm.weight: norms" in out
+    assert main(["convert", "normed.safetensors", "out"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("norms of queries") == 1 and "and 8 more" in err
+
+
+def options(text):
+    """Returns the options that a message says, as a shell would take them."""
+    return shlex.split(" ".join(re.findall(r"--[\w-]+ '.*?'", text)))
+
+
+def test_all_is_asked_in_one_line_that_can_be_pasted(folder, capsys):
+    tensors = model() | {
+        "whisper.q_proj.weight": normal(8, 8),
+        "steps": np.arange(3),
+        "features.0.weight": normal(4, 3, 2),
+        "features.1.weight": normal(4),
+        "features.3.weight": normal(4, 4, 2),
+        "bn.running_mean": normal(8),
+        "bn.empty": normal(0),
+    }
+    convert.save_safetensors("more.safetensors", tensors)
+    assert main(["convert", "more.safetensors", "out"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    sections = re.split(r" \(\d\) ", err)
+    assert sections[0] == "flax-mha: state_dict must leave no doubt (say it), but"
+    assert len(sections) == 8
+    said = [option.replace("=N", "=2") for option in options(err)]
+    out = run(capsys, "convert", "more.safetensors", "out", *said)
+    assert out.startswith("wrote out: ")
+    run(capsys, "verify", "more.safetensors", "out")
+
+
+def test_convert_says_how_many_attention_layers_there_are(folder, capsys):
+    out = run(capsys, "convert", "model.safetensors", "converted", *OPTIONS)
+    assert "wrote converted: 12 parameters; attention layers: 2\n" in out
+    convert.save_safetensors("norm.safetensors", {"norm.weight": normal(4)})
+    out = run(capsys, "convert", "norm.safetensors", "norm")
+    assert "wrote norm: 1 parameters; attention layers: none\n" in out
+
+
+def test_biases_that_were_not_there_stay_away_or_come_back_if_told(folder, capsys):
+    whisper = {f"{n}.weight": normal(8, 8) for n in ("q_proj", "k_proj", "v_proj")}
+    whisper |= {"out_proj.weight": normal(8, 8), "out_proj.bias": normal(8)}
+    whisper |= {f"{n}.bias": normal(8) for n in ("q_proj", "v_proj")}
+    convert.save_safetensors("whisper.safetensors", whisper)
+    out = run(capsys, "convert", "whisper.safetensors", "flax", "--num-heads", "2")
+    assert "zeros for biases that PyTorch's layers lack: k_proj.bias\n" in out
+    run(capsys, "verify", "whisper.safetensors", "flax")
+    params, conversion = convert.load_params("flax")
+    params["in_proj_bias"][1] += 1
+    convert.save_params("flax", params, conversion, overwrite=True)
+    assert main(["export", "flax", "back.safetensors"]) == 2
+    err = capsys.readouterr().err
+    assert "by --all-biases, for a layer that has them), but no longer zero" in err
+    run(capsys, "export", "flax", "back.safetensors", "--all-biases")
+    assert "k_proj.bias" in convert.read_state_dict("back.safetensors")
+    out = run(capsys, "diff", "whisper.safetensors", "flax", code=1)
+    assert re.search(r"k_proj\.bias +only in B", out)
+
+
 @pytest.mark.parametrize("converted", ["converted", "converted.safetensors"])
 def test_there_and_back(folder, capsys, converted):
     out = run(capsys, "convert", "model.safetensors", converted, *OPTIONS)
-    assert out.startswith(f"wrote {converted}; ")
+    assert out.startswith(f"wrote {converted}: 12 parameters; attention layers: 2\n")
     reports = run(capsys, "verify", "model.safetensors", converted)
     assert (
         len(re.findall(r"model\.layers\.\d\.self_attn +2 +\d\.\de-1\d", reports)) == 2
@@ -102,9 +201,11 @@ def test_a_model_without_attention_layers(folder, capsys):
     tensors = {f"bert.{name}.weight": normal(8, 8) for name in names}
     convert.save_safetensors("bert.safetensors", tensors)
     out = run(capsys, "inspect", "bert.safetensors")
-    assert "no attention layers found\n3 tensors" in out
-    assert re.search(r"bert +query\.weight belongs to an attention as BERT's", out)
-    run(capsys, "convert", "bert.safetensors", "converted", "--kind", ".*=kernel")
+    assert "no attention layers found\n" in out and "\n3 tensors" in out
+    assert re.search(r"bert +no out\.weight for the output", out)
+    kinds = options(out[out.index("convert asks:") :])
+    assert kinds[:2] == ["--kind", r"bert\.query=kernel"] and len(kinds) == 6
+    run(capsys, "convert", "bert.safetensors", "converted", *kinds)
     out = run(capsys, "verify", "bert.safetensors", "converted")
     assert out == "no attention layers; 3 tensors are equal bit for bit\n"
 
@@ -198,8 +299,27 @@ ERRORS = {
     ),
     "no_num_heads": (
         ["convert", "model.safetensors", "out", *OPTIONS[2:]],
-        "--num-heads must be given for each attention layer, as no tensor records it: "
-        "N, or PATTERN=N several times. That of 'model.layers.0.self_attn'",
+        "state_dict must leave no doubt (say it), but the number of heads, which no "
+        "tensor records (there is no config.json): 'model.layers.0.self_attn' "
+        "(embed_dim 8), 'model.layers.1.self_attn' (embed_dim 8): "
+        r"--num-heads 'model\.layers\.\d+\.self_attn=N'",
+    ),
+    "num_heads_twice": (
+        ["convert", "model.safetensors", "out", *OPTIONS, "--num-heads", "4"],
+        "--num-heads must be given once for each pattern, got 2 and 4 for '.*'.",
+    ),
+    "kind_twice": (
+        ["convert", "model.safetensors", "out", *OPTIONS, *OPTIONS[2:]],
+        "--kind must be given once for each pattern, got embedding and embedding for",
+    ),
+    "attention_of_something_else": (
+        ["convert", "model.safetensors", "out", "--kind", "model=attention"],
+        "--kind must have patterns that match a whole name, got 'model'",
+    ),
+    "empty": (
+        ["convert", "empty.safetensors", "out"],
+        "but no elements, and Orbax writes no empty arrays (let OUT end in "
+        ".safetensors): extra.weight: --ignore 'extra\\.weight'",
     ),
     "wrong_num_heads": (
         ["convert", "model.safetensors", "out", "--num-heads", "3"],
@@ -207,8 +327,8 @@ ERRORS = {
     ),
     "unclear": (
         ["convert", "model.safetensors", "out", "--num-heads", "2"],
-        "(say so by --kind '.*lm_head=kernel', or by --ignore), but "
-        "a Linear's or an Embedding's: model.embed.weight",
+        "(say it), but a Linear's or an Embedding's: model.embed.weight: "
+        "--kind 'model\\.embed=embedding' or \"kernel\"",
     ),
     "exists": (
         ["convert", "model.safetensors", "plain.safetensors", *OPTIONS],
@@ -280,6 +400,8 @@ def test_an_error_is_told_and_leaves_nothing(folder, capsys, argv, message):
     (folder / "broken.safetensors").write_bytes(b"\x00" * 20)
     (folder / "notes.txt").write_text("notes")
     convert.save_params("plain.safetensors", {"a": np.ones(2)})
+    empty = {"extra.weight": np.ones((8, 0)), "extra.bias": np.ones(8)}
+    convert.save_safetensors("empty.safetensors", empty)
     (folder / "link.safetensors").symlink_to("model.safetensors")
     (folder / "hub").mkdir()
     convert.save_safetensors("hub/model.safetensors", model())

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax_mha._cli import _commands
+from flax_mha._cli import _commands, _inspect
+from flax_mha._cli._messages import one_line
 
 _EXAMPLES = """\
 examples:
@@ -53,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        one_line = " ".join(_commands.message(error).split())
-        print(f"flax-mha: {one_line}", file=sys.stderr)
+        print(f"flax-mha: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flax-mha: interrupted", file=sys.stderr)
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    inspect = _command(commands, "inspect", _commands.inspect)
+    inspect = _command(commands, "inspect", _inspect.inspect)
     _add_checkpoint(inspect)
 
     _add_convert_options(_command(commands, "convert", _commands.convert_))
@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_converted(export)
     export.add_argument(
         "file", type=Path, metavar="FILE", help="to write; ends in .safetensors"
+    )
+    export.add_argument(
+        "--all-biases",
+        action="store_true",
+        help="also write biases that PyTorch's layers lacked, and training changed",
     )
     _add_overwrite(export)
 
@@ -129,7 +134,12 @@ def _add_convert_options(command: argparse.ArgumentParser) -> None:
     )
     for option, metavar, what in (
         ("--rename", "PATTERN=NAME", "replace in the names of modules"),
-        ("--kind", "PATTERN=KIND", "what a module is, where its shapes do not tell"),
+        (
+            "--kind",
+            "PATTERN=KIND",
+            "what a module is, where its shapes do not tell: kernel, embedding, scale, "
+            "weight (as it is) or attention",
+        ),
     ):
         command.add_argument(
             option, action="append", default=[], type=_rule, metavar=metavar, help=what

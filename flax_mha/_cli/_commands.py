@@ -2,111 +2,55 @@
 
 import argparse
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.filesize import decimal
 from rich.progress import Progress
-from rich.table import Table
 
 from flax_mha import convert
+from flax_mha._cli._messages import message
+from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._arrays import few, specs
-
-_LONGEST_LIST = 10
-# What messages advise in Python: {pattern: what it is on the command line}.
-_OPTIONS = {
-    r"overwrite=True": "--overwrite",
-    r"`wrapper`": "--wrapper",
-    r"`load_params` reads it": "`flax-mha export` turns it back",
-    r"`save_params`": "`flax-mha convert`",
-    r'in kinds, as \{"(.*?)": "(.*?)"\}, or in ignore, or give a target': (
-        r"by --kind '\1=\2', or by --ignore"
-    ),
-    r'one number, \{"pattern of prefixes": number\}, or a function': (
-        "N, or PATTERN=N several times"
-    ),
-    r"\(see rename and stack\)": "(see --rename and --stack)",
-    r"^kinds must": "--kind must",
-    r"^(num_heads|prefix|rename|ignore|stack|wrapper) must": r"--\1 must",
-    r"^--num_heads": "--num-heads",
-}
-
-
-def message(error: Exception | str) -> str:
-    """Returns an error or a note for the command line, without endless lists."""
-    text = str(error)
-    for python, option in _OPTIONS.items():
-        text = re.sub(python, option, text)
-    return "\n".join(map(_abridged, text.splitlines()))
-
-
-def _abridged(line: str) -> str:
-    items = line.split("; ")
-    rest = len(items) - _LONGEST_LIST
-    return "; ".join(items[:_LONGEST_LIST]) + (f"; and {rest} more" * (rest > 0))
-
-
-def inspect(args: argparse.Namespace) -> int:
-    """List the attention layers of a checkpoint, and what only looks like one."""
-    checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
-    layers = convert.find_layers(checkpoint)
-    look_alikes = convert.find_look_alikes(checkpoint)
-
-    def size(names: Iterable[str]) -> str:
-        found = [checkpoint.specs[name] for name in names]
-        return decimal(sum(spec.size * spec.dtype.itemsize for spec in found))
-
-    rest = set(checkpoint)
-    rows = []
-    for layer in layers:
-        names = {name for names in layer.keys.values() for name in names}
-        rest -= names
-        name = layer.prefix or "(all)"
-        rows.append([name, layer.family, *_sizes(layer), size(names)])
-    _print_table(
-        ["attention layer", "family", "features", "options", "dtype", "size"], rows
-    )
-    _print_table(
-        ["looks like one", "but is not converted, because"],
-        [[look_alike.prefix, look_alike.reason] for look_alike in look_alikes],
-    )
-    _print([] if layers else ["no attention layers found"])
-    _print(
-        [
-            *map(message, checkpoint.notes),
-            f"{len(checkpoint)} tensors of {size(checkpoint)}; "
-            f"{len(rest)} of {size(rest)} are outside of these layers",
-        ]
-    )
-    return 0
+from flax_mha.convert._draft import draft_tree
 
 
 def convert_(args: argparse.Namespace) -> int:
     """Convert a whole checkpoint to Flax parameters."""
     checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
-    conversion = convert.plan_tree(
+    draft = draft_tree(
         checkpoint,
-        _num_heads(args.num_heads),
+        _num_heads(_rules(args.num_heads, "--num-heads")),
         prefix=args.prefix,
-        rename=dict(args.rename),
-        kinds=dict(args.kind),
+        rename=_rules(args.rename, "--rename"),
+        kinds=_rules(args.kind, "--kind"),
         ignore=args.ignore,
         stack=args.stack,
     )
     _check_apart(args.out, args.file)
+    # Orbax would say so, but only after everything is read.
+    empty = [] if args.out.suffix == ".safetensors" else _empty(draft.conversion)
+    conversion = draft.finished(*empty)
     if not conversion.entries:
         raise ValueError("nothing is left to convert: see --prefix and --ignore.")
     with _progress() as progress:
         params = conversion.params(_Watched(checkpoint, progress, "reading"))
         progress.add_task("writing", total=None)
         convert.save_params(args.out, params, conversion, overwrite=args.overwrite)
-    _print(map(message, checkpoint.notes))
-    _print([f"wrote {args.out}; flax-mha verify compares it with {args.file}"])
+    print_lines(map(message, checkpoint.notes))
+    absent = [key for entry in conversion.entries for key in entry.absent]
+    if absent:
+        print_lines([f"zeros for biases that PyTorch's layers lack: {few(absent)}"])
+    count, layers = len(conversion.entries), len(conversion.layers) or "none"
+    print_lines(
+        [
+            f"wrote {args.out}: {count} parameters; attention layers: {layers}",
+            f"flax-mha verify compares it with {args.file}",
+        ]
+    )
     return 0
 
 
@@ -118,9 +62,11 @@ def verify(args: argparse.Namespace) -> int:
         reports = convert.verify(checkpoint, params, conversion=conversion)
     except ValueError as error:  # what differs, listed
         print(message(error))
-        _print(note for note in map(message, checkpoint.notes) if "--wrapper" in note)
+        print_lines(
+            note for note in map(message, checkpoint.notes) if "--wrapper" in note
+        )
         return 1
-    _print_table(
+    print_table(
         ["attention layer", "heads", "error", "error to PyTorch", "finite"],
         [
             [
@@ -135,21 +81,23 @@ def verify(args: argparse.Namespace) -> int:
     )
     if not reports:
         count = sum(len(entry.keys) for entry in conversion.entries)
-        _print([f"no attention layers; {count} tensors are equal bit for bit"])
+        print_lines([f"no attention layers; {count} tensors are equal bit for bit"])
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
     """Write converted parameters, changed since or not, back for PyTorch."""
     params, conversion = _load_converted(args.out)
-    state_dict = conversion.state_dict(params)
+    state_dict = conversion.state_dict(params, all_biases=args.all_biases)
     _check_apart(args.file, args.out)
     with _progress() as progress:
         watched = _Watched(state_dict, progress, "writing")
         convert.save_safetensors(args.file, watched, overwrite=args.overwrite)
-    _print([f"wrote {args.file}: {len(state_dict)} tensors by PyTorch's names"])
+    print_lines([f"wrote {args.file}: {len(state_dict)} tensors by PyTorch's names"])
     if conversion.ignored:
-        _print([f"without what convert was told to ignore: {few(conversion.ignored)}"])
+        print_lines(
+            [f"without what convert was told to ignore: {few(conversion.ignored)}"]
+        )
     return 0
 
 
@@ -165,21 +113,9 @@ def diff(args: argparse.Namespace) -> int:
         difference = _difference(left.get(name), right.get(name))
         if difference:
             rows.append([name, difference])
-    _print_table(["name", "difference"], rows)
-    _print([f"{len(names) - len(rows)} tensors are equal, {len(rows)} are not"])
+    print_table(["name", "difference"], rows)
+    print_lines([f"{len(names) - len(rows)} tensors are equal, {len(rows)} are not"])
     return 1 if rows else 0
-
-
-def _sizes(layer: "convert.AttentionLayer") -> list[str]:
-    """Returns what distinguishes a layer, in words."""
-    features = f"{layer.embed_dim}"
-    if (layer.kdim, layer.vdim) != (layer.embed_dim, layer.embed_dim):
-        features += f", kdim {layer.kdim}, vdim {layer.vdim}"
-    if layer.output_dim != layer.embed_dim:
-        features += f", output {layer.output_dim}"
-    options = "" if layer.bias else "bias=False "
-    options += "add_bias_kv=True" if layer.add_bias_kv else ""
-    return [features, options, str(layer.dtype)]
 
 
 def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
@@ -195,7 +131,12 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
             ) from None
     from flax_mha.convert._conversion import flatten  # and JAX
 
-    return conversion.state_dict(params) if conversion else flatten(params)
+    if not conversion:
+        return flatten(params)
+    try:
+        return conversion.state_dict(params)
+    except ValueError:  # trained biases that PyTorch's layer lacks: a difference
+        return conversion.state_dict(params, all_biases=True)
 
 
 def _load_converted(path: Path) -> tuple[dict[str, Any], "convert.Conversion"]:
@@ -236,29 +177,33 @@ def _difference(left: np.ndarray | None, right: np.ndarray | None) -> str | None
     return "; ".join(found) or None
 
 
-def _num_heads(rules: Sequence[tuple[str, int]]) -> int | dict[str, int] | None:
+def _rules(rules: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Returns the rules by pattern, none of which may come twice."""
+    counts = Counter(pattern for pattern, _ in rules)
+    twice = [pattern for pattern, count in counts.items() if count > 1]
+    if twice:
+        said = [str(value) for pattern, value in rules if pattern == twice[0]]
+        raise ValueError(
+            f"{option} must be given once for each pattern, got {' and '.join(said)} "
+            f"for {twice[0]!r}."
+        )
+    return dict(rules)
+
+
+def _num_heads(rules: Mapping[str, int]) -> int | dict[str, int] | None:
     """Returns what `plan_tree` takes: one number for all layers, or one by pattern."""
-    numbers = dict(sorted(rules, key=lambda rule: rule[0] == ".*"))  # which is last
+    numbers = dict(sorted(rules.items(), key=lambda rule: rule[0] == ".*"))  # the last
     return numbers[".*"] if list(numbers) == [".*"] else numbers or None
 
 
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(line)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table, if it has rows, in which no name is cut short."""
-    if not rows:
-        return
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in rows:
-        table.add_row(*map(str, row))
-    # Names are no markup, and a pipe has no width.
-    width = None if sys.stdout and sys.stdout.isatty() else 160
-    Console(markup=False, emoji=False, highlight=False, width=width).print(table)
+def _empty(conversion: "convert.Conversion") -> list[str]:
+    """Says what has no elements, in the words of a question."""
+    empty = [key for e in conversion.entries if 0 in e.shape for key in e.keys]
+    ignored = ", ".join(f'r"{re.escape(key)}"' for key in empty)
+    return [
+        "no elements, and Orbax writes no empty arrays (let OUT end in .safetensors): "
+        f"{few(empty)}: ignore=[{ignored}]"
+    ] * bool(empty)
 
 
 def _progress() -> Progress:

@@ -80,11 +80,9 @@ def block_sizes(
 
 
 def _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal):
-    if not isinstance(batch, int):  # but symbolic
-        return BlockSizes(
-            batch, heads, _even_split(tgt_len, 128), _even_split(src_len, 512)
-        )
-    logits = WHOLE_LOGITS // max(batch * heads, 1)
+    # A batch that is symbolic in an export may be large.
+    sequences = batch * heads if isinstance(batch, int) else WHOLE_LOGITS
+    logits = WHOLE_LOGITS // max(sequences, 1)
     if tgt_len * src_len <= logits:
         return BlockSizes(batch, heads, max(tgt_len, 1), max(src_len, 1))
     rows = _even_split(tgt_len, 128)
@@ -252,7 +250,7 @@ class Blocks:
         if columns == self.shape[3]:
             return compute()
         hidden = []
-        if self.sizes.batch < self.shape[0] or self.shape[0] == 1:
+        if self.sizes.batch != self.shape[0] or self.shape[0] == 1:
             hidden += [jnp.all(x) for x in mask.blocked if is_padding(x)]
         if mask.is_causal:
             hidden.append(column > corner.row + self.sizes.rows - 1)

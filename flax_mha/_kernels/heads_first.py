@@ -53,10 +53,11 @@ def forward(
     """
     work = _Work(call, read, precision)
     batch, _, src_len, _ = call.key.shape
-    in_place = batch > 1 and call.key.dtype == call.query.dtype
+    in_place = batch != 1 and call.key.dtype == call.query.dtype
+    whole = whole or not isinstance(src_len, int)  # symbolic in an export
     if whole or src_len <= _COLUMNS or (in_place and held is None):
         running = work.at_once()
-    elif in_place:
+    elif in_place and held is not None:
         is_full = jnp.sum(held) > batch * src_len // 2
         running = lax.cond(is_full, work.at_once, lambda: work.by_blocks(held))
     else:
@@ -159,8 +160,10 @@ class _Work:
         """Returns the mask of some sequences and keys."""
 
         def read(x: MaskArray) -> MaskArray:
-            sequence = part.sequence if x.shape[0] > 1 else 0
-            sizes = (min(x.shape[0], part.batch), *x.shape[1:3], part.columns)
+            sequence, batch = part.sequence, part.batch
+            if x.shape[0] == 1:
+                sequence, batch = 0, 1
+            sizes = (batch, *x.shape[1:3], part.columns)
             return slice_at(x, (sequence, 0, 0, part.column), sizes)
 
         return dataclasses.replace(self.call.mask.map(read), open_columns=0)

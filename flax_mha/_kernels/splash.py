@@ -64,9 +64,8 @@ def unsupported(call: Call) -> str | None:
 
 
 def unwise(call: Call) -> str | None:
-    size = 4 * math.prod(call.logits)
-    if size <= _SMALL_MIB * 2**20:
-        mib = size / 2**20
+    mib = 4 * math.prod(call.logits) / 2**20
+    if mib <= _SMALL_MIB:
         return f"the logits take {mib:.3g} MiB; XLA is faster up to {_SMALL_MIB}"
     return None
 

@@ -14,9 +14,15 @@ from flax_mha._typing import Array, ArrayLike
 def attributes(values: ArrayLike, offsets: ArrayLike, max_len: int | None) -> None:
     """Checks what a `RaggedArray` is built from."""
     arguments.an_array("values", values)
+    integers("offsets", offsets)
     if values.ndim == 0:
         raise ValueError("values must have an axis of tokens, got shape ().")
-    integers("offsets", offsets)
+    if not all(isinstance(size, int) for size in (*values.shape, *offsets.shape)):
+        raise ValueError(
+            "values and offsets must not have symbolic sizes, as their blocks follow "
+            f"from these, got shapes {values.shape} and {offsets.shape}: export a "
+            "program for each capacity."
+        )
     if offsets.ndim != 1 or not offsets.shape[0]:
         raise ValueError(
             f"offsets must have shape (batch + 1,), got shape {offsets.shape}."

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from flax_mha.convert._layer import state_dict_from_params as state_dict_from_params
     from flax_mha.convert._nested import nested_from_ragged as nested_from_ragged
     from flax_mha.convert._nested import ragged_from_nested as ragged_from_nested
+    from flax_mha.convert._nnx import nnx_params as nnx_params
+    from flax_mha.convert._nnx import update_nnx as update_nnx
     from flax_mha.convert._stock import from_stock as from_stock
     from flax_mha.convert._stock import to_stock as to_stock
     from flax_mha.convert._tree import convert_tree as convert_tree
@@ -49,6 +51,7 @@ __all__ = [
     "from_torch",
     "load_params",
     "nested_from_ragged",
+    "nnx_params",
     "params_from_state_dict",
     "plan_tree",
     "ragged_from_nested",
@@ -57,6 +60,7 @@ __all__ = [
     "save_safetensors",
     "state_dict_from_params",
     "to_stock",
+    "update_nnx",
     "verify",
 ]
 __getattr__, __dir__ = lazy(
@@ -90,6 +94,10 @@ __getattr__, __dir__ = lazy(
         "_nested": (
             "nested_from_ragged",
             "ragged_from_nested",
+        ),
+        "_nnx": (
+            "nnx_params",
+            "update_nnx",
         ),
         "_stock": (
             "from_stock",

@@ -2,76 +2,20 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-from flax.core import meta
-from flax.traverse_util import unflatten_dict
 
 from flax_mha.convert import _strict
-from flax_mha.convert._arrays import Spec, as_numpy, specs
+from flax_mha.convert._arrays import Spec, specs
+from flax_mha.convert._entries import Axes, Entry, StateDict
+from flax_mha.convert._entries import flatten as flatten
 
-Axes = tuple[str | None, ...]
-Place = Callable[[str, Axes, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
+if TYPE_CHECKING:
+    import jax
 
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One parameter: tensors of one shape, axes in Flax's order, then reshaped.
-
-    Attributes:
-        path: Of the parameter, "encoder/layers_0/linear1/kernel" say.
-        keys: Names in the state_dict. Several are the rows of the parameter, one below
-            the other.
-        torch_shape: Of each tensor.
-        order: The axes of each tensor in the order that Flax has them.
-        shape: Of the parameter.
-        axes: A logical name for each axis of `shape`, as in the parameter table, or
-            None where there is none; "layers" for stacked layers.
-        dtype: Of the tensors and of the parameter.
-    """
-
-    path: str
-    keys: tuple[str, ...]
-    torch_shape: tuple[int, ...]
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-    axes: Axes
-    dtype: np.dtype
-
-    def __post_init__(self):
-        size = len(self.keys) * math.prod(self.torch_shape)
-        axes = sorted(self.order) == list(range(len(self.torch_shape)))
-        if size != math.prod(self.shape) or not axes or not self.keys:
-            raise ValueError(f"{self} does not rearrange its tensors.")
-
-    @property
-    def spec(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)
-
-    @property
-    def moved_shape(self) -> tuple[int, ...]:
-        """That of each tensor with its axes in Flax's order."""
-        return tuple(self.torch_shape[axis] for axis in self.order)
-
-    def param(self, state_dict: Mapping[str, Any]) -> np.ndarray:
-        """Returns the parameter; a view where it is of one tensor in memory."""
-        if len(self.keys) == 1:
-            tensor = as_numpy(state_dict[self.keys[0]], self.keys[0])
-            return tensor.transpose(self.order).reshape(self.shape)
-        rows = np.empty((len(self.keys), *self.moved_shape), self.dtype)
-        for row, key in enumerate(self.keys):
-            rows[row] = as_numpy(state_dict[key], key).transpose(self.order)
-        return rows.reshape(self.shape)
-
-    def tensor(self, param: Any, key: str) -> np.ndarray:
-        """Returns the tensor of that name; undoes `param`."""
-        rows = np.reshape(np.asarray(param), (len(self.keys), *self.moved_shape))
-        back = np.argsort(self.order).tolist()
-        return np.asarray(rows[self.keys.index(key)].transpose(back), order="C")
+Place = Callable[[str, Axes, "jax.ShapeDtypeStruct"], "jax.sharding.Sharding | None"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +69,17 @@ class Conversion:
         """Raises an error unless this state_dict is like the one planned for.
 
         Raises:
-            ValueError: A tensor is missing, misshapen or of another dtype; all are
-                listed.
+            ValueError: A tensor is missing, misshapen or of another dtype, or there is
+                a bias that was absent; all are listed.
         """
+        absent = set(self._absent)
         wanted = {
             key: Spec(entry.torch_shape, entry.dtype)
             for entry in self.entries
             for key in entry.keys
         }
         have = {key: spec for key, spec in specs(state_dict).items() if key in wanted}
+        wanted = {key: spec for key, spec in wanted.items() if key not in absent}
         _strict.raise_if_any(
             "state_dict must be like the one that was planned for",
             _strict.spec_differences(have, wanted),
@@ -162,28 +108,35 @@ class Conversion:
             ValueError: A tensor is missing, misshapen or of another dtype; or of
                 64 bits, to be placed while JAX has only 32.
         """
+        import jax
+        from flax.traverse_util import unflatten_dict
+
         self.check(state_dict)
-        flat = {
-            entry.path: _placed(
-                entry.param(state_dict),
-                place and place(entry.path, entry.axes, entry.spec),
-            )
-            for entry in self.entries
-        }
+        flat = {}
+        for entry in self.entries:
+            spec = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+            sharding = place and place(entry.path, entry.axes, spec)
+            flat[entry.path] = _placed(entry.param(state_dict), sharding)
         return unflatten_dict(flat, sep="/")
 
-    def state_dict(self, params: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+    def state_dict(
+        self, params: Mapping[str, Any], *, all_biases: bool = False
+    ) -> Mapping[str, np.ndarray]:
         """Returns PyTorch's state_dict; undoes `params`, bit for bit.
 
         Args:
             params: The tree of parameters, or gradients or anything in its shapes, of
                 any dtypes.
+            all_biases: Whether also to return biases that the state_dict lacked. They
+                were converted to zeros, and training may have changed them.
 
         Returns:
             A mapping that rearranges a tensor each time it is asked for it.
 
         Raises:
-            ValueError: A parameter is missing, unexpected or misshapen; all are listed.
+            ValueError: A parameter is missing, unexpected or misshapen; or, without
+                `all_biases`, a bias that the state_dict lacked is no longer zero; all
+                are listed.
         """
         flat = flatten(params)
         _strict.raise_if_any(
@@ -193,7 +146,21 @@ class Conversion:
                 {entry.path: entry.shape for entry in self.entries},
             ),
         )
-        return _StateDict(self.entries, flat)
+        everything = StateDict(self.entries, flat)
+        if all_biases:
+            return everything
+        absent = self._absent
+        _strict.raise_if_any(
+            "params must have zeros for biases that PyTorch's layer lacks (set them to "
+            "zero, those of keys change no result; or take them by all_biases=True, "
+            "for a layer that has them)",
+            {"no longer zero": [key for key in absent if everything[key].any()]},
+        )
+        return StateDict(self.entries, flat, frozenset(absent))
+
+    @property
+    def _absent(self) -> tuple[str, ...]:
+        return tuple(key for entry in self.entries for key in entry.absent)
 
     def to_json(self) -> str:
         """Returns the conversion as text, to be kept beside the parameters."""
@@ -230,52 +197,14 @@ def _entry(fields: dict[str, Any]) -> Entry:
     return Entry(**entry)
 
 
-class _StateDict(Mapping):
-    """Tensors by name, each made of its parameter when it is asked for."""
-
-    def __init__(self, entries: tuple[Entry, ...], flat: Mapping[str, Any]):
-        self._entries = {key: entry for entry in entries for key in entry.keys}
-        self._flat = flat
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        """What `_arrays.specs` would otherwise make every tensor for."""
-        return {
-            key: Spec(entry.torch_shape, self._flat[entry.path].dtype)
-            for key, entry in self._entries.items()
-        }
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        entry = self._entries[key]
-        return entry.tensor(self._flat[entry.path], key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-def flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
-    """Returns the leaves by their path, out of any boxes that Flax keeps them in."""
-    if not isinstance(tree, Mapping):
-        raise TypeError(f"params must be nested dicts of arrays, got {type(tree)}.")
-    flat = {}
-    for name, node in tree.items():
-        if isinstance(node, Mapping):
-            for below, leaf in flatten(node, separator).items():
-                flat[f"{name}{separator}{below}"] = leaf
-        else:
-            flat[str(name)] = meta.unbox(node)
-    return flat
-
-
 def _placed(
-    param: np.ndarray, sharding: jax.sharding.Sharding | None
-) -> np.ndarray | jax.Array:
+    param: np.ndarray, sharding: "jax.sharding.Sharding | None"
+) -> "np.ndarray | jax.Array":
     """Puts a copy of each device's part on it, and waits, to let the host forget it."""
     if sharding is None:
         return param
+    import jax
+
     if jax.dtypes.canonicalize_dtype(param.dtype) != param.dtype:
         raise ValueError(
             f"place must leave parameters of dtype {param.dtype} to NumPy unless JAX "

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Container, Iterable, Mapping
 
-from flax_mha.convert import _strict
 from flax_mha.convert._arrays import Spec, is_floating
-from flax_mha.convert._find import LookAlike, find_look_alikes
+from flax_mha.convert._find import LookAlike
 from flax_mha.convert._names import Names
+from flax_mha.convert._questions import IGNORE, KINDS, Question
 from flax_mha.convert._rules import first_matches
 
 Specs = Mapping[str, Spec]
 
+# What a whole module is: an attention layer, whatever its code does besides.
+ATTENTION = "attention"
 # What BatchNorm stores beside its parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-_LOOKS_ALIKE = "of what only looks like attention"
+_OR_KEEP = '(kinds "weight" keeps them)'
 
 
 def chosen_kinds(tensors: Specs, kinds: Mapping[str, str]) -> dict[str, str]:
@@ -23,7 +24,7 @@ def chosen_kinds(tensors: Specs, kinds: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: A pattern matches nothing, or a tensor cannot be of the kind.
     """
-    keys = {key.removesuffix(".weight"): key for key in tensors}
+    keys = {module_of(key): key for key in tensors}
     found = first_matches(
         kinds,
         list(keys),
@@ -54,21 +55,21 @@ def kinds_of(
     chosen: Mapping[str, str],
     names: Names,
     target: Container[str] | None,
-) -> dict[str, str]:
-    """Returns the kind of each of these keys.
+    look_alikes: Iterable[LookAlike],
+    buffers: Container[str],
+) -> tuple[dict[str, str], list[Question]]:
+    """Returns the kind of each of these keys, and asks for those in doubt.
 
     Args:
         keys: Those to tell the kind of.
         tensors: All of them.
         chosen: What the caller says.
         target: Paths that there should be, which decide where the caller does not.
-
-    Raises:
-        ValueError: Some are in doubt; all are listed.
+        look_alikes: What is in doubt because it is below one of these.
+        buffers: Keys without which an attention layer computes the same.
     """
-    look_alikes = find_look_alikes(tensors)
-    alike = {key for look_alike in look_alikes for key in look_alike.keys}
-    doubts: dict[str, list[str]] = {}
+    alike = {key: look_alike for look_alike in look_alikes for key in look_alike.keys}
+    questions: dict[Question, None] = {}
     kinds = {}
     for key in (key for key in tensors if key in keys):
         possible = _possible(key, tensors[key])
@@ -82,20 +83,39 @@ def kinds_of(
                 if names.locate(parameter_name(key, kind)).path in target
             ]
             kinds[key] = next(iter(fitting), possible[0])
-        elif doubt := _doubt(key, tensors, alike):
-            doubts.setdefault(doubt, []).append(key)
-    _strict.raise_if_any(
-        "state_dict must leave no doubt what its tensors are (say so in kinds, as "
-        '{".*lm_head": "kernel"}, or in ignore, or give a target)',
-        doubts,
-        reasons(look_alikes) if _LOOKS_ALIKE in doubts else "",
-    )
-    return kinds
+        elif key in alike:
+            for question in _of_look_alike(alike[key], tensors):
+                questions[question] = None
+        elif key in buffers:
+            about = f"of attention layers that compute the same without {_OR_KEEP}"
+            questions[Question(about, key, IGNORE, key)] = None
+        elif doubt := _doubt(key, tensors):
+            questions[doubt] = None
+    return kinds, list(questions)
 
 
-def reasons(look_alikes: Iterable[LookAlike]) -> str:
-    """Returns a line for each, to end a message with."""
-    return "".join(f"\n  {alike.prefix!r}: {alike.reason}" for alike in look_alikes)
+def _of_look_alike(look_alike: LookAlike, tensors: Specs) -> list[Question]:
+    """Asks for kinds of its modules, of which one says that all are what they seem."""
+    keys = [key for key in look_alike.keys if key in tensors]
+    doubts = {key: _doubt(key, tensors) for key in keys}
+    kinds = {
+        module_of(key): doubt.answers[0]
+        for key, doubt in doubts.items()
+        if doubt is not None and doubt.argument == KINDS
+    }
+    linears = [key for key in keys if _is_weight(key) and len(tensors[key].shape) > 1]
+    if not kinds and linears:
+        kinds = {module_of(linears[0]): '"kernel"'}
+    about = f"of what only looks like attention ({look_alike.reason})"
+    return [
+        Question(about, repr(look_alike.prefix), KINDS, module, (kind,))
+        for module, kind in (kinds or {module_of(keys[0]): '"weight"'}).items()
+    ]
+
+
+def module_of(key: str) -> str:
+    """Returns the name that patterns of kinds match."""
+    return key.removesuffix(".weight")
 
 
 def parameter_name(key: str, kind: str) -> str:
@@ -125,24 +145,32 @@ def _possible(key: str, spec: Spec) -> tuple[str, ...]:
     return ("kernel", "weight")
 
 
-def _doubt(key: str, tensors: Specs, alike: Container[str]) -> str | None:
-    """Returns why nobody can tell what it is; None if shapes tell it."""
-    if key in alike:
-        return _LOOKS_ALIKE
+def _doubt(key: str, tensors: Specs) -> Question | None:
+    """Asks what a tensor is if nobody can tell; shapes often do."""
+    if any(p.startswith("lora_") or p == "base_layer" for p in key.split(".")):
+        about = "of LoRA that is not merged (merge_and_unload() in peft, save again)"
+        return Question(about, key, IGNORE, key)
     if key.rpartition(".")[2] in _BUFFERS:
-        return "not parameters, but BatchNorm's"
-    if tensors[key].dtype.kind != "c" and not is_floating(tensors[key].dtype):
-        return "of integers or truth values"
+        about = f"not parameters, but BatchNorm's {_OR_KEEP}"
+        return Question(about, key, IGNORE, key)
+    dtype = tensors[key].dtype
+    if not is_floating(dtype) and dtype.kind != "c":
+        about = f"of integers or truth values {_OR_KEEP}"
+        return Question(about, key, IGNORE, key)
     if not _is_weight(key):
         return None
+    module, shape = module_of(key), tensors[key].shape
     if not _fits_bias(key, tensors):
-        return "not stored as a Linear's or Conv's with that bias"
-    shape, has_bias = tensors[key].shape, _bias(key) in tensors
-    if len(shape) == 2 and not has_bias:
-        return "a Linear's or an Embedding's"
+        about = "not stored as a Linear's or Conv's with that bias"
+        return Question(about, key, KINDS, module, ('"weight"',))
+    if len(shape) == 2 and _bias(key) not in tensors:
+        about, answers = "a Linear's or an Embedding's", ['"kernel"', '"embedding"']
+        likely = -1 if "emb" in key else 1
+        return Question(about, key, KINDS, module, tuple(answers[::likely]))
     # A Conv1d has shapes as a Bilinear, and a Conv2d may have those of a LayerNorm2d.
     if len(shape) == 3 or (len(shape) > 3 and math.prod(shape) == shape[1]):
-        return "a Conv's, a Bilinear's or a LayerNorm2d's"
+        about = "a Conv's, a Bilinear's or a LayerNorm2d's"
+        return Question(about, key, KINDS, module, ('"kernel"', '"weight"'))
     return None
 
 

@@ -1,7 +1,7 @@
 """One attention layer, by the parameter table."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,15 @@ from flax_mha._checks import layer
 from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
 from flax_mha.convert import _strict
 from flax_mha.convert._arrays import as_numpy, check_computable, few, specs
-from flax_mha.convert._find import OTHER_KINDS
+from flax_mha.convert._families import FAMILIES, OTHER_KINDS
+from flax_mha.convert._nnx import update_nnx
 from flax_mha.convert._rules import dotted, names_below
 from flax_mha.linen import MultiheadAttention
 
 if TYPE_CHECKING:
     import torch
 
-# Keys that only other attention layers have.
-_LOOK_ALIKES = {
-    "q_proj.weight": "separate Linear layers, as fairseq and Hugging Face have them",
-    "c_proj.weight": "CLIP's AttentionPool2d",
-    "qkv.weight": "timm's Attention",
-    **OTHER_KINDS,
-}
+    from flax_mha import nnx
 
 
 def params_from_state_dict(
@@ -106,18 +101,37 @@ def state_dict_from_params(
     }
 
 
+@overload
 def from_torch(
-    module: "torch.nn.MultiheadAttention",
-) -> tuple[MultiheadAttention, dict[str, Any]]:
+    module: "torch.nn.MultiheadAttention", api: Literal["linen"] = "linen"
+) -> tuple[MultiheadAttention, dict[str, Any]]: ...
+
+
+@overload
+def from_torch(
+    module: "torch.nn.MultiheadAttention", api: Literal["nnx"]
+) -> "nnx.MultiheadAttention": ...
+
+
+def from_torch(module: "torch.nn.MultiheadAttention", api: str = "linen") -> Any:
     """Returns the Flax module that computes what `module` does, and its parameters.
 
     The parameters are JAX arrays, copied: `module` may go on training. Whether it is in
     training mode is not taken over: pass `deterministic` if its dropout is not 0.
 
+    Args:
+        module: PyTorch's.
+        api: "linen", or "nnx", whose modules hold their parameters: one is all that is
+            returned. Its dropout draws from the `rngs` of a call.
+
     Raises:
         TypeError: `module` is not a `torch.nn.MultiheadAttention`.
+        ValueError: `api` is another.
     """
     import torch
+
+    if api not in ("linen", "nnx"):
+        raise ValueError(f"api must be 'linen' or 'nnx', got {api!r}.")
 
     if not isinstance(module, torch.nn.MultiheadAttention):
         raise TypeError(
@@ -125,7 +139,7 @@ def from_torch(
         )
     params = params_from_state_dict(module.state_dict(), module.num_heads)
     params = jax.tree.map(jnp.array, params)
-    return MultiheadAttention(
+    options: dict[str, Any] = dict(
         embed_dim=module.embed_dim,
         num_heads=module.num_heads,
         dropout=module.dropout,
@@ -136,7 +150,16 @@ def from_torch(
         vdim=module.vdim,
         batch_first=module.batch_first,
         param_dtype=params["out_proj"]["weight"].dtype,
-    ), params
+    )
+    if api == "linen":
+        return MultiheadAttention(**options), params
+    from flax.nnx import Rngs
+
+    from flax_mha import nnx
+
+    ours = nnx.MultiheadAttention(**options, rngs=Rngs(0), keep_rngs=False)
+    update_nnx(ours, params)
+    return ours
 
 
 def _embed_dim(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -181,9 +204,16 @@ def _check_names_and_shapes(
 
 
 def _hint(names: Iterable[str]) -> str:
-    for key, what in _LOOK_ALIKES.items():
+    for family, stored in FAMILIES.items():
+        for key in stored.weights:
+            if key in names and key != "out_proj.weight":
+                return (
+                    f"\n  {key} belongs to layers stored as {family!r}, which "
+                    "`convert_tree` takes."
+                )
+    for key, what in OTHER_KINDS.items():
         if key in names:
-            return f"\n  {key} belongs to another attention: {what}."
+            return f"\n  {key} belongs to {what}."
     suffix = ".out_proj.weight"
     layers = [
         repr(name.removesuffix(suffix)) for name in names if name.endswith(suffix)

@@ -21,12 +21,13 @@ def attention(
     attn_mask: Array | None = None,
     key_padding_mask: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Returns the output, (batch, tgt, M), and weights, (batch, num_heads, tgt, src).
+    """Returns outputs, (layers, batch, tgt, M), and weights, with (heads, tgt, src).
 
     Args:
-        tensors: By PyTorch's name, in PyTorch's shapes: separate weights of the
-            in-projection, `q_proj_weight` and so on, or packed ones.
-        query, key, value: (batch, length, features).
+        tensors: By PyTorch's name, in PyTorch's shapes, of several layers on a first
+            axis: separate weights of the in-projection, `q_proj_weight` and so on, or
+            packed ones.
+        query, key, value: (batch, length, features), the same for all layers.
         attn_mask: (tgt, src) or (batch * num_heads, tgt, src). Boolean: True may not
             attend. Float: added to the logits.
         key_padding_mask: (batch, src), likewise.
@@ -34,27 +35,29 @@ def attention(
     batch, tgt_len, embed_dim = query.shape
     head_dim = embed_dim // num_heads
     if "in_proj_weight" in tensors:
-        q_weight, k_weight, v_weight = np.split(tensors["in_proj_weight"], 3)
+        q_weight, k_weight, v_weight = np.split(tensors["in_proj_weight"], 3, axis=1)
     else:
         q_weight, k_weight, v_weight = (tensors[f"{n}_proj_weight"] for n in "qkv")
-    q_bias, k_bias, v_bias = np.split(
-        tensors.get("in_proj_bias", np.zeros(3 * embed_dim)), 3
-    )
-    q = query @ q_weight.T + q_bias
-    k = key @ k_weight.T + k_bias
-    v = value @ v_weight.T + v_bias
+    layers = len(q_weight)
+    no_bias = np.zeros((layers, 3 * embed_dim))
+    biases = np.split(tensors.get("in_proj_bias", no_bias), 3, axis=1)
+    q = _linear(query, q_weight, biases[0])  # (layers, batch, tgt, embed_dim)
+    k = _linear(key, k_weight, biases[1])
+    v = _linear(value, v_weight, biases[2])
     if "bias_k" in tensors:  # one more key and value, which no mask is for
-        k = np.concatenate([k, np.tile(tensors["bias_k"], (batch, 1, 1))], axis=1)
-        v = np.concatenate([v, np.tile(tensors["bias_v"], (batch, 1, 1))], axis=1)
+        more = (layers, batch, 1, embed_dim)
+        k = np.concatenate([k, np.broadcast_to(tensors["bias_k"], more)], axis=2)
+        v = np.concatenate([v, np.broadcast_to(tensors["bias_v"], more)], axis=2)
 
     src_len = key.shape[1]
-    weights = np.zeros((batch, num_heads, tgt_len, k.shape[1]))
-    attended = np.zeros((batch, tgt_len, embed_dim))
+    weights = np.zeros((layers, batch, num_heads, tgt_len, k.shape[2]))
+    attended = np.zeros((layers, batch, tgt_len, embed_dim))
     for b in range(batch):
         for head in range(num_heads):
             columns = slice(head * head_dim, (head + 1) * head_dim)
-            logits = q[b, :, columns] @ k[b, :, columns].T / np.sqrt(head_dim)
-            masked = logits[:, :src_len]
+            keys = k[:, b, :, columns].swapaxes(1, 2)
+            logits = q[:, b, :, columns] @ keys / np.sqrt(head_dim)
+            masked = logits[:, :, :src_len]
             if attn_mask is not None:
                 each = attn_mask.ndim == 3
                 masked += _additive(
@@ -62,11 +65,17 @@ def attention(
                 )
             if key_padding_mask is not None:
                 masked += _additive(key_padding_mask[b])
-            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-            weights[b, head] = odds / odds.sum(axis=1, keepdims=True)
-            attended[b, :, columns] = weights[b, head] @ v[b, :, columns]
-    output = attended @ tensors["out_proj.weight"].T
-    return output + tensors.get("out_proj.bias", 0.0), weights
+            odds = np.exp(logits - logits.max(axis=2, keepdims=True))
+            weights[:, b, head] = odds / odds.sum(axis=2, keepdims=True)
+            attended[:, b, :, columns] = weights[:, b, head] @ v[:, b, :, columns]
+    out = tensors["out_proj.weight"]
+    no_bias = np.zeros(out.shape[:2])
+    return _linear(attended, out, tensors.get("out_proj.bias", no_bias)), weights
+
+
+def _linear(x: Array, weight: Array, bias: Array) -> Array:
+    """Returns x @ weight.T + bias of each layer."""
+    return x @ weight.swapaxes(1, 2)[:, None] + bias[:, None, None]
 
 
 def _additive(mask: Array) -> Array:

@@ -1,25 +1,22 @@
 """Whether converted parameters compute what the PyTorch layers do."""
 
 import dataclasses
-import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
-from flax_mha._attention import multi_head_attention
-from flax_mha.convert import _model, _strict
+from flax_mha.convert import _compute, _strict
 from flax_mha.convert._arrays import as_numpy, specs
-from flax_mha.convert._conversion import Conversion, ConvertedLayer, flatten
+from flax_mha.convert._conversion import Conversion, ConvertedLayer
+from flax_mha.convert._entries import flatten
+from flax_mha.convert._families import FAMILIES
 from flax_mha.convert._find import AttentionLayer, find_layers
 from flax_mha.convert._heads import Heads
 from flax_mha.convert._tree import plan_tree
-from flax_mha.linen import MultiheadAttention
 
-_BATCH, _TGT_LEN, _SRC_LEN = 2, 4, 5
+_BATCH_BYTES = 2**25  # of the layers that are computed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +82,12 @@ def verify(
     if conversion is None:
         conversion = plan_tree(state_dict, num_heads, target=params)
     conversion.check(state_dict)
-    back = conversion.state_dict(params)
+    back = conversion.state_dict(params, all_biases=True)
     known = specs(state_dict)
     layers = find_layers({key: known[key] for key in back if key in known})
     found = {layer.prefix: layer for layer in layers}
-    flat = flatten(params)
-    reports = [
-        _report(found[place.prefix], place, state_dict, flat, seed)
-        for place in conversion.layers
-    ]
+    by_prefix = _reports(conversion.layers, found, state_dict, flatten(params), seed)
+    reports = [by_prefix[place.prefix] for place in conversion.layers]
     wrong_layers = [
         f"{report.prefix!r} by {_largest_error(report):.1e}"
         for report in reports
@@ -112,167 +106,140 @@ def verify(
     return reports
 
 
-def _report(
-    layer: AttentionLayer,
-    place: ConvertedLayer,
+def _reports(
+    places: Sequence[ConvertedLayer],
+    found: Mapping[str, AttentionLayer],
     state_dict: Mapping[str, Any],
     flat: Mapping[str, Any],
     seed: int,
-) -> LayerReport:
-    theirs = {
-        param: np.concatenate([_float64(state_dict[key], key) for key in keys])
-        for param, keys in layer.keys.items()
-    }
-    ours = {}
+) -> dict[str, LayerReport]:
+    """Returns a report by prefix, computing layers of one shape together."""
+    alike: dict[tuple, list[ConvertedLayer]] = {}
+    for place in places:
+        alike.setdefault(_shape(found[place.prefix], place), []).append(place)
+    reports = {}
+    for group in alike.values():
+        layer, num_heads = found[group[0].prefix], group[0].num_heads
+        call = _compute.random_call(layer, num_heads, seed)
+        bytes_each = 8 * 4 * layer.embed_dim * max(layer.embed_dim, layer.kdim)
+        size = min(len(group), max(1, _BATCH_BYTES // bytes_each))
+        for at in range(0, len(group), size):
+            batch = group[at : at + size]
+            # Of one size all, so that one compiled program runs them.
+            padded = batch + batch[-1:] * (size - len(batch))
+            for report in _batch(padded, found, state_dict, flat, call):
+                reports[report.prefix] = report
+    return reports
+
+
+def _shape(layer: AttentionLayer, place: ConvertedLayer) -> tuple:
+    """Returns what layers have in common that one program can run."""
+    sizes = (layer.embed_dim, layer.kdim, layer.vdim, layer.output_dim)
+    return *sizes, layer.bias, layer.add_bias_kv, place.num_heads
+
+
+def _batch(
+    places: Sequence[ConvertedLayer],
+    found: Mapping[str, AttentionLayer],
+    state_dict: Mapping[str, Any],
+    flat: Mapping[str, Any],
+    call: tuple[_compute.Inputs, _compute.Masks],
+) -> list[LayerReport]:
+    layers = [found[place.prefix] for place in places]
+    theirs = [
+        _as_torch(layer, place.num_heads, state_dict)
+        for layer, place in zip(layers, places, strict=True)
+    ]
+    ours = [
+        _as_flax(layer, place, flat)
+        for layer, place in zip(layers, places, strict=True)
+    ]
+    finite = [all(np.isfinite(t).all() for t in tensors.values()) for tensors in theirs]
+    tensors, params = (_stacked(arrays, finite) for arrays in (theirs, ours))
+    num_heads = places[0].num_heads
+
+    results = _compute.in_flax(layers[0], num_heads, params, *call)
+    errors = _compute.errors(results, _compute.in_numpy(num_heads, tensors, *call))
+    torch_errors = None
+    if importlib.util.find_spec("torch"):
+        wanted = _compute.in_torch(num_heads, tensors, *call)
+        torch_errors = _compute.errors(results, wanted)
+    return [
+        LayerReport(
+            prefix=place.prefix,
+            path=place.path,
+            num_heads=num_heads,
+            error=float(errors[at]),
+            torch_error=None if torch_errors is None else float(torch_errors[at]),
+            finite=finite[at],
+        )
+        for at, place in enumerate(places)
+    ]
+
+
+def _as_torch(
+    layer: AttentionLayer, num_heads: int, state_dict: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Returns the state_dict's tensors as `torch.nn.MultiheadAttention` has them.
+
+    By the layout of the layer's family, whatever the conversion says.
+    """
+    family = FAMILIES[layer.family]
+    tensors = {}
+    for param, keys in layer.keys.items():
+        rows = []
+        for key in keys:
+            if key in layer.absent:
+                rows.append(np.zeros(layer.embed_dim * 3 // len(keys)))
+                continue
+            tensor = _float64(state_dict[key], key)
+            rows.append(tensor.T if family.transposed else tensor)
+        tensors[param] = np.concatenate(rows)
+        if family.by_head and param.startswith("in_proj_"):
+            of_heads = np.split(tensors[param], 3 * num_heads)  # q, k, v, q, k, v, ...
+            order = [of_heads[n::3] for n in range(3)]
+            tensors[param] = np.concatenate([part for parts in order for part in parts])
+    return tensors
+
+
+def _as_flax(
+    layer: AttentionLayer, place: ConvertedLayer, flat: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    params = {}
     for param in layer.keys:
         path = "/".join([*place.path.split("/"), *param.split(".")]).removeprefix("/")
         stacked = flat[path]
-        ours[param] = _float64(
-            stacked if place.index is None else stacked[place.index], path
-        )
-    finite = all(np.isfinite(tensor).all() for tensor in theirs.values())
-    if not finite:
-        theirs, ours = _with_stand_ins(theirs), _with_stand_ins(ours)
-
-    inputs, masks = _random_call(layer, place.num_heads, seed)
-    results = _in_flax(layer, place.num_heads, ours, inputs, masks)
-    wanted = [
-        _model.attention(theirs, place.num_heads, *inputs, **mask) for mask in masks
-    ]
-    torch_error = None
-    if importlib.util.find_spec("torch"):
-        torch_error = _error(results, _in_torch(place.num_heads, theirs, inputs, masks))
-    return LayerReport(
-        prefix=layer.prefix,
-        path=place.path,
-        num_heads=place.num_heads,
-        error=_error(results, wanted),
-        torch_error=torch_error,
-        finite=finite,
-    )
+        one = stacked if place.index is None else stacked[place.index]
+        params[param] = _float64(one, path)
+    return params
 
 
 def _float64(array: Any, name: str) -> np.ndarray:
     return as_numpy(array, name).astype(np.float64)
 
 
-def _with_stand_ins(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Replaces NaN and infinities by numbers that still show where they are."""
-    return {
-        name: np.nan_to_num(array, nan=2.0, posinf=3.0, neginf=-3.0)
-        for name, array in arrays.items()
-    }
+def _stacked(
+    layers: Sequence[Mapping[str, np.ndarray]], finite: Sequence[bool]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of all layers by name.
 
-
-def _random_call(
-    layer: AttentionLayer, num_heads: int, seed: int
-) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
-    """Returns query, key and value, and the masks of each call with them.
-
-    Every query may attend to the first key, as there is no right result otherwise.
+    NaN and infinities become numbers that still show where they are.
     """
-    rng = np.random.default_rng(seed)
-    lengths = (_TGT_LEN, _SRC_LEN, _SRC_LEN)
-    features = (layer.embed_dim, layer.kdim, layer.vdim)
-    inputs = [
-        rng.standard_normal((_BATCH, *shape))
-        for shape in zip(lengths, features, strict=True)
-    ]
-    shape, padding_shape = (_TGT_LEN, _SRC_LEN), (_BATCH, _SRC_LEN)
-    forbidden, padding = rng.random(shape) < 0.3, rng.random(padding_shape) < 0.3
-    forbidden[:, 0] = padding[:, 0] = False
-    each_head = rng.standard_normal((_BATCH * num_heads, *shape))
-    masks = [
-        {},
-        {"attn_mask": forbidden, "key_padding_mask": padding},
-        {"attn_mask": ~np.tri(*shape, dtype=bool)},
-        {"attn_mask": each_head},
-        {
-            "attn_mask": rng.standard_normal(shape),
-            "key_padding_mask": rng.standard_normal(padding_shape),
-        },
-    ]
-    return inputs, masks
-
-
-_Results = list[tuple[np.ndarray, np.ndarray]]
-
-
-def _in_flax(
-    layer: AttentionLayer,
-    num_heads: int,
-    params: dict[str, np.ndarray],
-    inputs: list[np.ndarray],
-    masks: list[dict[str, np.ndarray]],
-) -> _Results:
-    module, variables = None, params
-    if layer.output_dim == layer.embed_dim:
-        module = MultiheadAttention(
-            layer.embed_dim,
-            num_heads,
-            bias=layer.bias,
-            add_bias_kv=layer.add_bias_kv,
-            kdim=layer.kdim,
-            vdim=layer.vdim,
-            batch_first=True,
+    return {
+        name: np.stack(
+            [
+                array if is_finite else _with_stand_ins(array)
+                for array, is_finite in zip(
+                    (layer[name] for layer in layers), finite, strict=True
+                )
+            ]
         )
-        variables = {"params": unflatten_dict(params, sep=".")}
-    # In float64, which not every device has.
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        results = _attend(module, variables, inputs, masks)
-    return jax.tree.map(np.asarray, results)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _attend(module, variables, inputs, masks):
-    if module is None:  # other output features: the module has no such option
-        call = functools.partial(multi_head_attention, variables, batch_first=True)
-    else:
-        call = functools.partial(module.apply, variables)
-    return [call(*inputs, **mask, average_attn_weights=False) for mask in masks]
-
-
-def _in_torch(
-    num_heads: int,
-    tensors: dict[str, np.ndarray],
-    inputs: list[np.ndarray],
-    masks: list[dict[str, np.ndarray]],
-) -> _Results:
-    import torch
-
-    missing = ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.bias")
-    given: dict[str, Any] = dict.fromkeys(missing) | {
-        name: torch.tensor(array) for name, array in tensors.items()
+        for name in layers[0]
     }
-    query, key, value = (torch.tensor(array.swapaxes(0, 1)) for array in inputs)
-    results = []
-    for mask in masks:
-        output, weights = torch.nn.functional.multi_head_attention_forward(
-            query,
-            key,
-            value,
-            query.shape[-1],
-            num_heads,
-            add_zero_attn=False,
-            dropout_p=0.0,
-            average_attn_weights=False,
-            use_separate_proj_weight=given["in_proj_weight"] is None,
-            **{name: torch.tensor(array) for name, array in mask.items()},
-            **{name.replace(".", "_"): tensor for name, tensor in given.items()},
-        )
-        assert weights is not None  # as they are needed
-        results.append((output.numpy().swapaxes(0, 1), weights.numpy()))
-    return results
 
 
-def _error(results: _Results, wanted: _Results) -> float:
-    """Returns the largest difference, relative to the largest number of its array."""
-    errors = [
-        np.max(np.abs(got - want)) / (np.max(np.abs(want)) or 1.0)
-        for pair in zip(results, wanted, strict=True)
-        for got, want in zip(*pair, strict=True)
-    ]
-    return float(np.max(errors))
+def _with_stand_ins(array: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(array, nan=2.0, posinf=3.0, neginf=-3.0)
 
 
 def _largest_error(report: LayerReport) -> float:
@@ -283,7 +250,10 @@ def _difference(
     key: str, state_dict: Mapping[str, Any], back: Mapping[str, np.ndarray]
 ) -> str | None:
     """Returns which tensor is not the same to the bit; None if it is."""
-    theirs, ours = as_numpy(state_dict[key], key), back[key]
+    ours = back[key]
+    if key not in state_dict:  # a bias that PyTorch's layer lacks
+        return f"{key} is not zero" if ours.any() else None
+    theirs = as_numpy(state_dict[key], key)
     if theirs.dtype != ours.dtype:
         return f"{key} is {ours.dtype}, was {theirs.dtype}"
     bits = [np.ascontiguousarray(array).view(np.uint8) for array in (theirs, ours)]

@@ -98,33 +98,36 @@ STATE_DICTS = {
         ValueError,
         OTHER_LAYER + "but\n  missing: in_proj_weight (18, 6)\n"
         "  unexpected: q_proj.weight (6, 6)\n"
-        "  q_proj.weight belongs to another attention: separate Linear layers, "
-        "as fairseq and Hugging Face have them.",
+        "  q_proj.weight belongs to layers stored as 'linears', which `convert_tree` "
+        "takes.",
     ),
     "clip": (
         dict(state_dict={"c_proj.weight": floats(6, 6)}),
         ValueError,
         OTHER_LAYER + "with out_proj.weight; got c_proj.weight (6, 6).\n"
-        "  c_proj.weight belongs to another attention: CLIP's AttentionPool2d.",
+        "  c_proj.weight belongs to layers stored as 'clip_pool', which `convert_tree` "
+        "takes.",
     ),
     "timm": (
         dict(state_dict={"qkv.weight": floats(18, 6)}),
         ValueError,
         OTHER_LAYER + "with out_proj.weight; got qkv.weight (18, 6).\n"
-        "  qkv.weight belongs to another attention: timm's Attention.",
+        "  qkv.weight belongs to layers stored as 'timm', which `convert_tree` "
+        "takes.",
     ),
     "flash_attn": (
         dict(state_dict=PACKED | {"Wqkv.weight": floats(18, 6)}),
         ValueError,
         OTHER_LAYER + "but\n  unexpected: Wqkv.weight (18, 6)\n"
-        "  Wqkv.weight belongs to another attention: flash-attn's MHA.",
+        "  Wqkv.weight belongs to layers stored as 'flash_attn', which `convert_tree` "
+        "takes.",
     ),
     "flax": (
         dict(state_dict={"query.kernel": floats(6, 3, 2)}),
         ValueError,
         OTHER_LAYER + "with out_proj.weight; got query.kernel (6, 3, 2).\n"
-        "  query.kernel belongs to another attention: "
-        "Flax's MultiHeadDotProductAttention.",
+        "  query.kernel belongs to Flax's MultiHeadDotProductAttention, which "
+        "`from_stock` takes.",
     ),
     "prefix": (
         dict(state_dict=below("attn.", PACKED), prefix="self_attn"),

@@ -32,10 +32,10 @@ def disk_full():
 
 
 ATTENTION = {
-    "in_proj_weight": np.ones((12, 4)),
-    "out_proj.weight": np.ones((4, 4)),
-    "in_proj_bias": np.ones(12),
-    "out_proj.bias": np.ones(4),
+    "attn.in_proj_weight": np.ones((12, 4)),
+    "attn.out_proj.weight": np.ones((4, 4)),
+    "attn.in_proj_bias": np.ones(12),
+    "attn.out_proj.bias": np.ones(4),
 }
 CONVERSION = convert.plan_tree(
     {**ATTENTION, "position_ids": ONES["a"]}, 2, ignore=["position_ids"]
@@ -257,8 +257,8 @@ def test_conversion_that_does_not_fit_is_refused(tmp_path):
     record = tmp_path / "checkpoint" / "flax_mha.json"
     text = record.read_text()
     for here, there, message in (
-        ('"num_heads": 2', '"num_heads": 4', "num_heads of '' must be 2, as that of"),
-        ('"out_proj/bias"', '"bias"', "missing: bias (4,)"),
+        ('"num_heads": 2', '"num_heads": 4', "num_heads of 'attn' must be 2, as that"),
+        ('"attn/out_proj/bias"', '"bias"', "missing: bias (4,)"),
         ("{", "", "text must be what Conversion.to_json returned"),
     ):
         record.write_text(text.replace(here, there))

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from flax_mha import MultiheadAttention
 from flax_mha.convert import params_from_state_dict, state_dict_from_params
+from tests.parity._both import Both
 
 IMPLEMENTATION = os.environ.get("RULES_IMPLEMENTATION", "blockwise")
 TORCH_ERRORS = (
@@ -156,11 +156,14 @@ class Pair:
 
 
 def layers(embed_dim=6, num_heads=3, *, dtype="float64", **options) -> Pair:
-    """Both libraries' layer with the same parameters, none of them zero."""
+    """Both libraries' layer with the same parameters, none of them zero.
+
+    Ours is the linen module and the nnx module at once.
+    """
     module = torch.nn.MultiheadAttention(
         embed_dim, num_heads, **options, dtype=getattr(torch, dtype)
     )
-    ours = MultiheadAttention(
+    ours = Both(
         embed_dim,
         num_heads,
         **options,
@@ -175,7 +178,7 @@ def layers(embed_dim=6, num_heads=3, *, dtype="float64", **options) -> Pair:
         torch_call=lambda params, **kwargs: torch.func.functional_call(
             module, params, kwargs=kwargs
         ),
-        our_call=lambda params, **kwargs: ours.apply({"params": params}, **kwargs),
+        our_call=ours,
         params=params,
         num_heads=num_heads,
     )

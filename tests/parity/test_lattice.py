@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from flax_mha import MultiheadAttention
 from flax_mha.convert import params_from_state_dict, state_dict_from_params
+from tests.parity._both import Both
 from tests.parity._torch_side import (
     TOLERANCE,
     randomize,
@@ -228,7 +228,7 @@ def torch_results(config, module, arrays):
 def our_results(config, implementation, module, arrays):
     """The same of our module, with the parameters of torch's."""
     num_heads, embed_dim = sizes(config)
-    ours = MultiheadAttention(
+    ours = Both(
         embed_dim,
         num_heads,
         **pick(config, CONSTRUCTOR),
@@ -237,8 +237,7 @@ def our_results(config, implementation, module, arrays):
     )
 
     def call(arrays, params):
-        variables = {"params": params}
-        return ours.apply(variables, **forward_arguments(arrays), **pick(config, CALL))
+        return ours(params, **forward_arguments(arrays), **pick(config, CALL))
 
     params = params_from_state_dict(module.state_dict(), num_heads)
     results, d_params = run_jax(call, arrays, params, seed=seed_of(config))

@@ -18,6 +18,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 GUIDE = ROOT / "docs" / "converting.md"
 RAGGED = ROOT / "docs" / "ragged.md"
 DECODING = ROOT / "docs" / "decoding.md"
+TRAINING = ROOT / "docs" / "training.md"
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +71,12 @@ def run_commands(block):
     return printed.getvalue()
 
 
-def test_a_reader_can_run_the_guide_to_ragged_batches(monkeypatch):
+@pytest.mark.parametrize("page", [RAGGED, TRAINING], ids=lambda page: page.name)
+def test_a_reader_can_run_a_page_from_top_to_bottom(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = {}
-    for block in re.findall(r"^```python\n(.*?)^```", RAGGED.read_text(), re.M | re.S):
-        exec(compile(block, RAGGED.name, "exec"), names)
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        exec(compile(block, page.name, "exec"), names)
 
 
 def test_a_reader_can_run_the_guide_to_decoding():
@@ -91,7 +93,9 @@ def test_the_drawing_of_blocks_is_of_those_that_are_computed():
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", GUIDE, RAGGED, DECODING], ids=lambda page: page.name
+    "page",
+    [ROOT / "README.md", GUIDE, RAGGED, TRAINING, DECODING],
+    ids=lambda page: page.name,
 )
 def test_every_file_that_a_page_names_exists(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())

@@ -41,7 +41,7 @@ def test_arguments_have_torchs_order_and_defaults():
     theirs = signature(torch.nn.MultiheadAttention.forward)
     ours = signature(MultiheadAttention.__call__)
     assert ours[: len(theirs)] == theirs
-    assert ours[len(theirs) :] == [("deterministic", None)]
+    assert ours[len(theirs) :] == [("deterministic", None), ("sow_weights", False)]
 
 
 def test_key_padding_mask_is_fourth_and_attn_mask_sixth():

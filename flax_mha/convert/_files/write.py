@@ -89,7 +89,8 @@ def save_params(
     path = pathlib.Path(path)
     flat = _flat(params)
     if conversion is not None:
-        conversion.state_dict(params)  # which only its own parameters have
+        # Which only its own parameters have, trained or not.
+        conversion.state_dict(params, all_biases=True)
     text = None if conversion is None else conversion.to_json()
     if path.suffix == ".safetensors":
         named = {"/".join(names): leaf for names, leaf in flat.items()}
@@ -169,7 +170,7 @@ def _conversion(
         return None
     try:
         conversion = Conversion.from_json(text)
-        conversion.state_dict(params)
+        conversion.state_dict(params, all_biases=True)
     except ValueError as error:
         raise ValueError(
             f"{str(path)!r} has no conversion of its parameters: {error}"

@@ -1,7 +1,4 @@
-"""Whole models: what is found in a state_dict, and what becomes of every tensor."""
-
-import dataclasses
-import json
+"""Whole models: what becomes of every tensor."""
 
 import flax.linen as nn
 import jax
@@ -17,13 +14,20 @@ from flax_mha import MultiheadAttention, convert
 from flax_mha.convert import (
     Conversion,
     convert_tree,
-    find_layers,
-    find_look_alikes,
     params_from_state_dict,
     plan_tree,
-    save_safetensors,
 )
-from tests.parity._live import TOLERANCE, inputs, normal, to_array
+from tests.parity._live import TOLERANCE, inputs, normal
+from tests.parity.convert.test_find import (
+    BELOW,
+    LAYER,
+    LINEAR,
+    LOOK_ALIKES,
+    Linears,
+    Torch,
+    arrays_of,
+    assert_same_bits,
+)
 from tests.parity.convert.test_layer import OPTIONS, torch_module
 
 
@@ -32,380 +36,6 @@ def standard_promotion():
     """Flax's layers start in float32, and are given float64."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-class Linears(torch.nn.Module):
-    """Attention as fairseq, ESM and Hugging Face store it, and CLIP's with `out`."""
-
-    def __init__(self, kdim=6, vdim=6, bias=True, bias_kv=False, out="out_proj", m=6):
-        super().__init__()
-        for name, features in (("q", 6), ("k", kdim), ("v", vdim)):
-            self.add_module(f"{name}_proj", torch.nn.Linear(features, 6, bias))
-        self.add_module(out, torch.nn.Linear(6, m, bias))
-        for name in ("bias_k", "bias_v") if bias_kv else ():
-            self.register_parameter(name, torch.nn.Parameter(torch.randn(1, 1, 6)))
-        self.out = getattr(self, out)
-
-    def forward(self, query, key, value):
-        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        if hasattr(self, "bias_k"):
-            k = torch.cat([k, self.bias_k.repeat(len(k), 1, 1)], 1)
-            v = torch.cat([v, self.bias_v.repeat(len(v), 1, 1)], 1)
-        q, k, v = (x.unflatten(2, (3, 2)).transpose(1, 2) for x in (q, k, v))
-        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out(heads.transpose(1, 2).flatten(2))
-
-    def state_dict(self, **kwargs):
-        return {
-            name: tensor
-            for name, tensor in super().state_dict(**kwargs).items()
-            if ".out." not in f".{name}"  # the same module by its other name
-        }
-
-
-class Timm(torch.nn.Module):
-    """timm's Attention."""
-
-    def __init__(self, bias=True):
-        super().__init__()
-        self.qkv = torch.nn.Linear(6, 18, bias)
-        self.proj = torch.nn.Linear(6, 6, bias)
-
-    def forward(self, x, *_):
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, 3, 2).permute(2, 0, 3, 1, 4)
-        heads = torch.nn.functional.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(heads.transpose(1, 2).flatten(2))
-
-
-class Torch(torch.nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.attn = torch_module(**options, batch_first=True)
-
-    def forward(self, *arrays):
-        return self.attn(*arrays)[0]
-
-    def state_dict(self, **kwargs):
-        return self.attn.state_dict(**kwargs)
-
-
-# family, module, and what its layer is beside that
-FAMILIES = {
-    "packed": ("torch", lambda: Torch(), {}),
-    "no_bias": ("torch", lambda: Torch(bias=False), dict(bias=False)),
-    "bias_kv": ("torch", lambda: Torch(add_bias_kv=True), dict(add_bias_kv=True)),
-    "kdim": ("torch", lambda: Torch(kdim=4, vdim=7), dict(kdim=4, vdim=7)),
-    "linears": ("linears", lambda: Linears(), {}),
-    "linears_kdim": ("linears", lambda: Linears(4, 7), dict(kdim=4, vdim=7)),
-    "linears_no_bias": ("linears", lambda: Linears(bias=False), dict(bias=False)),
-    "esm": ("linears", lambda: Linears(bias_kv=True), dict(add_bias_kv=True)),
-    "clip_pool": (
-        "clip_pool",
-        lambda: Linears(out="c_proj", m=4),
-        dict(output_dim=4),
-    ),
-    "timm": ("timm", lambda: Timm(), {}),
-    "timm_no_bias": ("timm", lambda: Timm(bias=False), dict(bias=False)),
-}
-by_family = pytest.mark.parametrize(
-    "family, make, differs", FAMILIES.values(), ids=FAMILIES
-)
-
-
-def arrays_of(state_dict):
-    return {name: to_array(tensor) for name, tensor in state_dict.items()}
-
-
-def assert_same_bits(got, want):
-    assert got.keys() == want.keys()
-    for name in want:
-        a, b = np.asarray(got[name]), to_array(want[name])
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
-        assert a.tobytes() == b.tobytes(), name
-
-
-@by_family
-def test_each_family_is_found_and_described(family, make, differs):
-    state_dict = {f"a.b.{k}": v for k, v in make().double().state_dict().items()}
-    (layer,) = find_layers(state_dict)
-    wanted = dict(embed_dim=6, kdim=6, vdim=6, output_dim=6, bias=True) | differs
-    assert (layer.prefix, layer.family, layer.dtype) == ("a.b", family, np.float64)
-    assert wanted.items() <= dataclasses.asdict(layer).items()
-    assert layer.add_bias_kv == differs.get("add_bias_kv", False)
-    assert sorted(k for ks in layer.keys.values() for k in ks) == sorted(state_dict)
-    assert find_look_alikes(state_dict) == []
-
-
-@by_family
-def test_each_family_computes_what_it_does_in_torch(family, make, differs):
-    theirs = make().double()
-    conversion = plan_tree(theirs.state_dict(), 3)
-    params = conversion.params(theirs.state_dict())
-    features = (6, differs.get("kdim", 6), differs.get("vdim", 6))
-    query, key, value = (x.swapaxes(0, 1) for x in inputs(5, 5, features=features))
-    key = query if family == "timm" else key
-    value = query if family == "timm" else value
-    want = theirs(*map(torch.tensor, (query, key, value))).detach()
-    if "output_dim" in differs:
-        got = clip_pool(params, query, key, value)
-    else:
-        ours = MultiheadAttention(
-            6, 3, batch_first=True, **{k: v for k, v in differs.items()}
-        )
-        got, _ = ours.apply({"params": params}, query, key, value)
-    np.testing.assert_allclose(got, want, **TOLERANCE)
-    assert_same_bits(conversion.state_dict(params), theirs.state_dict())
-    (report,) = convert.verify(theirs.state_dict(), params, conversion=conversion)
-    assert max(report.error, report.torch_error) < 1e-12
-
-
-def clip_pool(params, query, key, value):
-    from flax_mha.functional import multi_head_attention_forward
-
-    out, _ = multi_head_attention_forward(
-        *(x.swapaxes(0, 1) for x in (query, key, value)),
-        6,
-        3,
-        params["in_proj_weight"].reshape(18, 6),
-        params["in_proj_bias"].reshape(18),
-        None,
-        None,
-        False,
-        0.0,
-        params["out_proj"]["weight"].reshape(4, 6),
-        params["out_proj"]["bias"],
-        training=False,
-    )
-    return out.swapaxes(0, 1)
-
-
-def test_the_position_embedding_beside_clips_pool_is_a_parameter_of_its_own():
-    state_dict = Linears(out="c_proj").state_dict()
-    state_dict["positional_embedding"] = torch.ones(5, 6)
-    params = convert_tree(state_dict, 3)
-    assert params["positional_embedding"].shape == (5, 6)
-    assert params["out_proj"]["weight"].shape == (6, 3, 2)
-
-
-def changed(make, **changes):
-    """A state_dict with some entries replaced, or left out where None."""
-    names = {name.replace("__", "."): array for name, array in changes.items()}
-    state_dict = dict(make().state_dict()) | names
-    return {name: array for name, array in state_dict.items() if array is not None}
-
-
-LOOK_ALIKES = {
-    "audiocraft_fewer_rows": (
-        changed(Torch, in_proj_weight=torch.ones(10, 6)),
-        "misshapen: in_proj_weight (10, 6), wanted (18, 6)",
-    ),
-    "whisper_without_k_bias": (
-        changed(Linears, k_proj__bias=None),
-        "missing: k_proj.bias (6,)",
-    ),
-    "timm_without_qkv_bias": (changed(Timm, qkv__bias=None), "missing: qkv.bias (18,)"),
-    "normed_queries": (
-        changed(Timm, q_norm__weight=torch.ones(2)),
-        "unexpected: q_norm.weight (2,)",
-    ),
-    "swin": (
-        changed(Timm, relative_position_bias_table=torch.ones(9, 3)),
-        "unexpected: relative_position_bias_table (9, 3)",
-    ),
-    "grouped_queries": (
-        changed(Linears, k_proj__weight=torch.ones(2, 6), k_proj__bias=torch.ones(2)),
-        "misshapen: k_proj.weight (2, 6), wanted (6, 6); k_proj.bias (2,), wanted (6,)",
-    ),
-    "llama": (
-        changed(
-            lambda: Linears(bias=False),
-            out_proj__weight=None,
-            o_proj__weight=torch.ones(6, 6),
-        ),
-        "missing: out_proj.weight (6, 6); unexpected: o_proj.weight (6, 6)",
-    ),
-    "separate_but_all_square": (
-        changed(lambda: Torch(kdim=4), k_proj_weight=torch.ones(6, 6)),
-        "missing: in_proj_weight (18, 6); unexpected: q_proj_weight (6, 6); "
-        "k_proj_weight (6, 6); v_proj_weight (6, 6)",
-    ),
-    "weight_norm": (
-        changed(Torch, in_proj_weight=None, in_proj_weight_g=torch.ones(18, 1)),
-        "missing: in_proj_weight (18, 6); unexpected: in_proj_weight_g (18, 1)",
-    ),
-    "integers": (
-        changed(Torch, in_proj_weight=torch.ones(18, 6, dtype=torch.int8)),
-        "of other dtypes: in_proj_weight int8",
-    ),
-    "mixed_dtypes": (
-        changed(Linears, k_proj__bias=torch.ones(6, dtype=torch.float16)),
-        "of other dtypes: q_proj.bias float32; k_proj.bias float16; "
-        "v_proj.bias float32",
-    ),
-    "no_matrix": ({"in_proj_bias": torch.ones(18)}, "no weight tells its embed_dim"),
-    "empty": (
-        changed(Torch, in_proj_weight=torch.ones(0, 0), out_proj__weight=None),
-        "no weight tells its embed_dim",
-    ),
-    "flash_attn": (
-        {"Wqkv.weight": torch.ones(18, 6)},
-        "Wqkv.weight belongs to flash-attn's MHA",
-    ),
-    "gpt2": (
-        {"c_attn.weight": torch.ones(6, 18), "c_proj.weight": torch.ones(6, 6)},
-        "c_attn.weight belongs to GPT-2's attention (some store its weights "
-        "transposed)",
-    ),
-    "bert": (
-        {f"{name}.weight": torch.ones(6, 6) for name in ("query", "key", "value")},
-        "query.weight belongs to an attention as BERT's, whose output layer is "
-        "elsewhere",
-    ),
-}
-
-
-@pytest.mark.parametrize("state_dict, reason", LOOK_ALIKES.values(), ids=LOOK_ALIKES)
-def test_look_alikes_are_told_with_the_reason_and_never_converted(state_dict, reason):
-    state_dict = {f"attn.{name}": tensor for name, tensor in state_dict.items()}
-    assert find_layers(state_dict) == []
-    (found,) = find_look_alikes(state_dict)
-    assert (found.prefix, found.reason) == ("attn", reason)
-    assert found.keys and set(found.keys) <= state_dict.keys()
-    with pytest.raises(ValueError) as raised:
-        plan_tree(state_dict, 3)
-    assert f"of what only looks like attention: {found.keys[0]}" in str(raised.value)
-    assert str(raised.value).endswith(f"\n  'attn': {reason}")
-
-
-def test_a_query_alone_is_no_attention():
-    state_dict = {"detr.query.weight": torch.ones(5, 6)}
-    assert find_look_alikes(state_dict) == []
-    conversion = plan_tree(state_dict, kinds={r".*\.query": "embedding"})
-    assert conversion.entries[0].path == "detr/query/embedding"
-
-
-def test_a_look_alike_is_converted_as_what_the_caller_says_it_is():
-    state_dict = {f"attn.{k}": v for k, v in LOOK_ALIKES["swin"][0].items()}
-    kinds = {r"attn\.(qkv|proj)": "kernel", r"attn\.(.*bias|relat.*)": "weight"}
-    params = convert_tree(state_dict, kinds=kinds)["attn"]
-    np.testing.assert_array_equal(
-        params["qkv"]["kernel"].T, state_dict["attn.qkv.weight"]
-    )
-    assert params["relative_position_bias_table"].shape == (9, 3)
-
-
-def test_an_attention_layer_is_converted_as_linears_if_the_caller_says_so():
-    kinds = {r".*_proj": "kernel"}
-    params = convert_tree(Linears().state_dict(), kinds=kinds)
-    assert params.keys() == {"q_proj", "k_proj", "v_proj", "out_proj"}
-    assert params["q_proj"].keys() == {"kernel", "bias"}
-
-
-def test_finding_reads_no_tensor():
-    class Unreadable(dict):
-        specs = convert._arrays.specs(Linears().state_dict())
-
-        def __getitem__(self, name):
-            raise AssertionError(name)
-
-    unreadable = Unreadable.fromkeys(Unreadable.specs)
-    assert len(find_layers(unreadable)) == 1
-    assert len(plan_tree(unreadable, 3).layers) == 1
-
-
-def test_find_layers_of_something_else():
-    with pytest.raises(TypeError, match="state_dict must map names to arrays"):
-        find_layers([1])
-
-
-# Heads.
-
-
-def towers():
-    return {
-        f"{name}.layers.{n}.attn.{key}": tensor
-        for name in ("text_model", "vision_model")
-        for n in range(2)
-        for key, tensor in Torch().state_dict().items()
-    }
-
-
-def heads(conversion):
-    return {layer.prefix: layer.num_heads for layer in conversion.layers}
-
-
-def with_config(tmp_path, state_dict, config):
-    save_safetensors(tmp_path / "model.safetensors", state_dict)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return convert.read_state_dict(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "num_heads",
-    [
-        {"text.*": 2, ".*": 3},
-        lambda layer: 2 if layer.prefix.startswith("text") else 3,
-        {"text.*": np.int64(2), "vision.*": 3},
-    ],
-    ids=["patterns", "function", "numpy"],
-)
-def test_number_of_heads_by_layer(num_heads):
-    got = heads(plan_tree(towers(), num_heads))
-    assert got == {prefix: 2 if "text" in prefix else 3 for prefix in got}
-    assert len(got) == 4
-
-
-@pytest.mark.parametrize(
-    "config, wanted",
-    [
-        ({"num_attention_heads": 3}, {3}),
-        ({"n_head": 3, "hidden_size": 6, "vision_config": None}, {3}),
-        (
-            {
-                "text_config": {"num_attention_heads": 2},
-                "vision_config": {"num_attention_heads": 3},
-            },
-            {2, 3},
-        ),
-    ],
-    ids=["one", "gpt", "sections"],
-)
-def test_number_of_heads_from_config_json(tmp_path, config, wanted):
-    got = heads(plan_tree(with_config(tmp_path, towers(), config)))
-    assert set(got.values()) == wanted
-
-
-def test_number_of_heads_of_encoder_and_decoder_from_config_json(tmp_path):
-    state_dict = {
-        f"{name}.layers.0.self_attn.{key}": tensor
-        for name in ("encoder", "decoder")
-        for key, tensor in Torch().state_dict().items()
-    }
-    config = {"encoder_attention_heads": 2, "decoder_attention_heads": 3}
-    got = heads(plan_tree(with_config(tmp_path, state_dict, config)))
-    assert got == {"encoder.layers.0.self_attn": 2, "decoder.layers.0.self_attn": 3}
-
-
-UNCLEAR = {
-    # A section leaves out what is the default of its kind.
-    "default_left_out": {"num_attention_heads": 3, "text_config": {}},
-    "one_section": {"vision_config": {"num_attention_heads": 3}},
-    "two_numbers": {"num_heads": 3, "n_heads": 2},
-    "list": {"num_heads": [3, 3]},
-    "nothing": {"hidden_size": 6},
-}
-
-
-@pytest.mark.parametrize("config", UNCLEAR.values(), ids=UNCLEAR)
-def test_an_unclear_config_json_is_not_guessed_from(tmp_path, config):
-    checkpoint = with_config(tmp_path, towers(), config)
-    with pytest.raises(ValueError) as raised:
-        plan_tree(checkpoint)
-    assert "config.json says {" in str(raised.value)
-    assert "That of 'text_model.layers.0.attn' (embed_dim 6)" in str(raised.value)
-
-
-# Whole models.
 
 
 def conv(*size, features=4, **options):
@@ -648,7 +278,7 @@ def test_a_root_weight_is_named_by_its_own_name():
 
 
 def test_a_target_that_differs_also_says_what_looks_alike():
-    state_dict, reason = LOOK_ALIKES["whisper_without_k_bias"]
+    state_dict, reason = LOOK_ALIKES["swin"]
     with pytest.raises(ValueError) as raised:
         plan_tree(state_dict, target={"in_proj_weight": f32(3, 3, 2, 6)})
     assert "\n  missing: in_proj_weight (3, 3, 2, 6)\n" in str(raised.value)
@@ -693,16 +323,9 @@ def f32(*shape):
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
-LINEAR = {"l.weight": np.zeros((2, 3), "f"), "l.bias": np.zeros(2, "f")}
-LAYER = {
-    name: array.astype("f") for name, array in arrays_of(Torch().state_dict()).items()
-}
-BELOW = {f"a.{name}": array for name, array in LAYER.items()}
 STACK = {"h.0.weight": np.zeros(2, "f"), "h.1.weight": np.zeros(2, "f")}
-DOUBT = (
-    "state_dict must leave no doubt what its tensors are (say so in kinds, as "
-    '{".*lm_head": "kernel"}, or in ignore, or give a target), but'
-)
+DOUBT = "state_dict must leave no doubt (say it, or give a target), but"
+KEEP = '(kinds "weight" keeps them)'
 WRONG = {
     "not_a_mapping": (
         dict(state_dict=[1]),
@@ -719,15 +342,54 @@ WRONG = {
     "no_heads": (
         dict(state_dict=BELOW),
         ValueError,
-        "num_heads must be given for each attention layer, as no tensor records it: "
-        "one number, {\"pattern of prefixes\": number}, or a function. That of 'a' "
-        "(embed_dim 6) is not known: there is no config.json.",
+        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
+        "config.json): 'a' (embed_dim 6): num_heads={r\"a\": N}",
+    ),
+    "no_heads_of_the_whole": (
+        dict(state_dict=LAYER),
+        ValueError,
+        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
+        "config.json): '' (embed_dim 6): num_heads=N",
     ),
     "heads_of_others": (
         dict(state_dict=BELOW, num_heads={"b": 3}),
         ValueError,
         "num_heads must have patterns that match a whole name, got 'b', which decides "
         "nothing among 'a'.",
+    ),
+    "attention_of_a_look_alike": (
+        dict(
+            state_dict={f"a.{k}": v for k, v in LOOK_ALIKES["gated"][0].items()},
+            kinds={"a": "attention"},
+        ),
+        ValueError,
+        "kinds must not say 'attention' of 'a', which is another layer: gate.weight: a "
+        "gate, which MultiheadAttention has not.",
+    ),
+    "attention_of_nothing": (
+        dict(state_dict=BELOW, kinds={"b": "attention"}),
+        ValueError,
+        "kinds must have patterns that match a whole name, got 'b', which decides "
+        "nothing among 'a'.",
+    ),
+    "everything_at_once": (
+        dict(
+            state_dict={
+                **BELOW,
+                **{f"b.{k}": v for k, v in LOOK_ALIKES["gated"][0].items()},
+                "head.weight": np.zeros((2, 3), "f"),
+                "ids": np.arange(3),
+            },
+        ),
+        ValueError,
+        f"{DOUBT}\n"
+        "  the number of heads, which no tensor records (there is no config.json): 'a' "
+        '(embed_dim 6): num_heads={r"a": N}\n'
+        "  of what only looks like attention (gate.weight: a gate, which "
+        'MultiheadAttention has not): \'b\': kinds={r"b\\.qkv": "kernel"}\n'
+        "  a Linear's or an Embedding's: b.gate.weight, head.weight: "
+        'kinds={r"b\\.gate": "kernel", r"head": "kernel"} or "embedding"\n'
+        f'  of integers or truth values {KEEP}: ids: ignore=[r"ids"]',
     ),
     "heads_do_not_divide": (
         dict(state_dict=BELOW, num_heads=4),
@@ -800,14 +462,18 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Linear's or an Embedding's: l.weight\n"
-        "  not stored as a Linear's or Conv's with that bias: transposed.weight\n"
-        "  not parameters, but BatchNorm's: bn.running_mean",
+        "  a Linear's or an Embedding's: l.weight: "
+        'kinds={r"l": "kernel"} or "embedding"\n'
+        "  not stored as a Linear's or Conv's with that bias: transposed.weight: "
+        'kinds={r"transposed": "weight"}\n'
+        f"  not parameters, but BatchNorm's {KEEP}: bn.running_mean: "
+        r'ignore=[r"bn\.running_mean"]',
     ),
     "integers": (
         dict(state_dict={"position_ids": np.arange(3), "seen": np.array(True)}),
         ValueError,
-        f"{DOUBT}\n  of integers or truth values: position_ids; seen",
+        f"{DOUBT}\n  of integers or truth values {KEEP}: position_ids, seen: "
+        'ignore=[r"position_ids", r"seen"]',
     ),
     "three_axes_and_norms": (
         dict(
@@ -821,8 +487,10 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight; norm2d.weight\n"
-        "  not stored as a Linear's or Conv's with that bias: grouped_transpose.weight",
+        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight, norm2d.weight: "
+        'kinds={r"bilinear": "kernel", r"norm2d": "kernel"} or "weight"\n'
+        "  not stored as a Linear's or Conv's with that bias: "
+        'grouped_transpose.weight: kinds={r"grouped_transpose": "weight"}',
     ),
     "kernel_of_gpt2": (
         dict(

@@ -1,7 +1,10 @@
 """verify: what it proves, and that no fault that keeps all shapes gets past it."""
 
+import cProfile
 import dataclasses
 import importlib.util
+import pstats
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flax_mha.convert import plan_tree, verify
+from flax_mha.convert import _verify, plan_tree, verify
 from tests.parity.convert.test_layer import torch_module
 
 HEADS = 2  # of head_dim 2, so that heads and head_dim can be mistaken
@@ -204,6 +207,58 @@ def test_a_wide_tolerance_does_not_let_tensors_differ():
         verify(state_dict, params, conversion=conversion, tolerance=100.0)
     assert "layers that" not in str(raised.value)
     assert "tensors that differ: layers.0.in_proj_weight" in str(raised.value)
+
+
+def attention_layers(count):
+    layer = {key: t.numpy() for key, t in torch_module(4, HEADS).state_dict().items()}
+    return {
+        f"layers.{n}.{key}": t + n for n in range(count) for key, t in layer.items()
+    }
+
+
+def test_layers_of_one_shape_are_one_program_and_each_has_its_own_error(caplog):
+    state_dict = attention_layers(40)
+    state_dict |= {
+        f"wide.{k}": t for k, t in torch_module(6, HEADS).state_dict().items()
+    }
+    conversion, params = converted(state_dict)
+    plant(params["layers_17"]["in_proj_weight"][0], square_transposed)
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        with pytest.raises(ValueError) as raised:
+            verify(state_dict, params, conversion=conversion)
+    assert re.findall(r"'(\S+)' by", str(raised.value)) == ["layers.17"]
+    compiled = [r for r in caplog.messages if r.startswith("Compiling jit(_attend)")]
+    assert len(compiled) == 2
+
+
+def test_batches_are_filled_up_to_one_size(monkeypatch, caplog):
+    state_dict = attention_layers(7)
+    conversion, params = converted(state_dict)
+    expected = verify(state_dict, params, conversion=conversion)
+    monkeypatch.setattr(_verify, "_BATCH_BYTES", 3 * 8 * 4 * 4 * 4)
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        reports = verify(state_dict, params, conversion=conversion)
+    assert [report.prefix for report in reports] == [f"layers.{n}" for n in range(7)]
+    assert len(reports) == len(expected)
+    assert sum(r.startswith("Compiling jit(_attend)") for r in caplog.messages) == 1
+
+
+def calls_of(layers):
+    """Returns how many functions are called to plan, convert and verify them."""
+    state_dict = attention_layers(layers)
+    with cProfile.Profile() as profile:
+        conversion, params = converted(state_dict)
+        verify(state_dict, params, conversion=conversion)
+    return pstats.Stats(profile).total_calls  # pyright: ignore
+
+
+def test_work_grows_no_faster_than_the_number_of_layers():
+    for layers in (40, 80, 160):  # each shape compiled
+        calls_of(layers)
+    few, more, most = (calls_of(layers) for layers in (40, 80, 160))
+    assert most - more < 2.2 * (more - few)
 
 
 def test_params_of_another_model_are_refused():

@@ -1,0 +1,145 @@
+"""One parameter of a conversion: which tensors make it, how, and back."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_mha.convert._arrays import Spec, as_numpy
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One parameter: tensors of one shape, axes in Flax's order, then reshaped.
+
+    First, where heads are no axis of their own, each tensor is reshaped to `view`.
+
+    Attributes:
+        path: Of the parameter, "encoder/layers_0/linear1/kernel" say.
+        keys: Names in the state_dict. Several are the rows of the parameter, one below
+            the other.
+        torch_shape: Of each tensor.
+        order: The axes of each tensor, or of its `view`, in the order of Flax.
+        shape: Of the parameter.
+        axes: A logical name for each axis of `shape`, as in the parameter table, or
+            None where there is none; "layers" for stacked layers.
+        dtype: Of the tensors and of the parameter.
+        view: What each tensor is reshaped to first, or None.
+        absent: Of `keys`, those of biases that the state_dict lacks: they are zero.
+    """
+
+    path: str
+    keys: tuple[str, ...]
+    torch_shape: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: Axes
+    dtype: np.dtype
+    view: tuple[int, ...] | None = None
+    absent: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        sizes = {
+            len(self.keys) * math.prod(self.torch_shape),
+            len(self.keys) * math.prod(self._viewed),
+            math.prod(self.shape),
+        }
+        axes = sorted(self.order) == list(range(len(self._viewed)))
+        absent = set(self.absent) <= set(self.keys)
+        if len(sizes) > 1 or not axes or not self.keys or not absent:
+            raise ValueError(f"{self} does not rearrange its tensors.")
+
+    @property
+    def _viewed(self) -> tuple[int, ...]:
+        return self.torch_shape if self.view is None else self.view
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.shape, self.dtype)
+
+    @property
+    def moved_shape(self) -> tuple[int, ...]:
+        """That of each tensor with its axes in Flax's order."""
+        return tuple(self._viewed[axis] for axis in self.order)
+
+    def param(self, state_dict: Mapping[str, Any]) -> np.ndarray:
+        """Returns the parameter; a view where it is of one tensor in memory."""
+
+        def moved(key: str) -> np.ndarray:
+            tensor = as_numpy(state_dict[key], key)
+            return tensor.reshape(self._viewed).transpose(self.order)
+
+        if len(self.keys) == 1 and not self.absent:
+            return moved(self.keys[0]).reshape(self.shape)
+        rows = np.zeros((len(self.keys), *self.moved_shape), self.dtype)
+        absent = set(self.absent)
+        for row, key in enumerate(self.keys):
+            if key not in absent:
+                rows[row] = moved(key)
+        return rows.reshape(self.shape)
+
+    def tensor(self, param: Any, row: int) -> np.ndarray:
+        """Returns the tensor of the key at `row`; undoes `param`."""
+        rows = np.reshape(np.asarray(param), (len(self.keys), *self.moved_shape))
+        back = np.argsort(self.order).tolist()
+        tensor = rows[row].transpose(back).reshape(self.torch_shape)
+        return np.asarray(tensor, order="C")
+
+
+class StateDict(Mapping):
+    """Tensors by name, each made of its parameter when it is asked for."""
+
+    def __init__(
+        self,
+        entries: tuple[Entry, ...],
+        flat: Mapping[str, Any],
+        absent: frozenset[str] = frozenset(),
+    ):
+        self._rows = {
+            key: (entry, row)
+            for entry in entries
+            for row, key in enumerate(entry.keys)
+            if key not in absent
+        }
+        self._flat = flat
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """What `_arrays.specs` would otherwise make every tensor for."""
+        return {
+            key: Spec(entry.torch_shape, self._flat[entry.path].dtype)
+            for key, (entry, _) in self._rows.items()
+        }
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        entry, row = self._rows[key]
+        return entry.tensor(self._flat[entry.path], row)
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would make a tensor
+        return key in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
+    """Returns the leaves by their path, out of any boxes that Flax keeps them in."""
+    from flax.core import meta  # and JAX
+
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"params must be nested dicts of arrays, got {type(tree)}.")
+    flat = {}
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            for below, leaf in flatten(node, separator).items():
+                flat[f"{name}{separator}{below}"] = leaf
+        else:
+            flat[str(name)] = meta.unbox(node)
+    return flat

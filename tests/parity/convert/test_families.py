@@ -1,0 +1,583 @@
+"""Each way of storing attention, against the library's own module, with random weights.
+
+Those of libraries that need more than a test can have are written out in a few lines,
+in the names and the layout that the library publishes; `LAYOUTS` has them.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from diffusers.models.attention_processor import Attention
+from torch.nn import functional as F
+from transformers.models.albert import modeling_albert
+from transformers.models.bert import modeling_bert
+from transformers.models.bloom import modeling_bloom
+from transformers.models.distilbert import modeling_distilbert
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.mpt import modeling_mpt
+from transformers.models.openai import modeling_openai
+from transformers.models.vit import modeling_vit
+from transformers.models.whisper import modeling_whisper
+
+from flax_mha import MultiheadAttention, convert
+from flax_mha.convert._families import FAMILIES
+from tests.parity._live import normal
+from tests.parity.convert.test_find import Timm, arrays_of, assert_same_bits
+
+WIDTH, HEADS, LENGTH = 6, 3, 5
+CAUSAL = ~np.tri(LENGTH, dtype=bool)
+SMALL = dict(
+    hidden_size=WIDTH,
+    num_attention_heads=HEADS,
+    num_hidden_layers=1,
+    intermediate_size=8,
+    vocab_size=11,
+    attn_implementation="sdpa",
+)
+GPT = dict(n_embd=WIDTH, n_head=HEADS, n_positions=LENGTH, attn_implementation="sdpa")
+
+
+@dataclasses.dataclass
+class Case:
+    """A module, and how to call it and ours with the same.
+
+    Attributes:
+        family: As which it is found.
+        make: Makes the module.
+        call: Calls it with (batch, length, features) of queries and of keys.
+        prefix: Of the attention in the module.
+        kdim: Features of keys and values.
+        mask: That ours is given for what its code does.
+        exact: Whether it computes in float64 throughout.
+        said: What has to be said of it in kinds.
+    """
+
+    family: str
+    make: Callable[[], torch.nn.Module]
+    call: Callable
+    prefix: str = ""
+    kdim: int = WIDTH
+    mask: np.ndarray | None = None
+    exact: bool = True
+    said: str | None = None
+
+
+class Layout(torch.nn.Module):
+    """Attention by published names of its linears: one of each, or all three in one."""
+
+    def __init__(self, projections, out, *, no_bias=(), masked=False, norm=False):
+        super().__init__()
+        self.linears = *projections, out
+        self.masked = masked
+        rows = 3 * WIDTH // len(projections)
+        for name in self.linears:
+            features = WIDTH if name == out else rows
+            bias = name not in no_bias
+            place(self, name, torch.nn.Linear(WIDTH, features, bias))
+        if norm:  # before the attention: ours is given what it gives
+            place(self, "norm", torch.nn.LayerNorm(WIDTH))
+
+    def forward(self, x):
+        *projections, out = [self.get_submodule(name) for name in self.linears]
+        qkv = torch.cat([linear(x) for linear in projections], -1)
+        q, k, v = (
+            part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)
+        )
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.masked)
+        return out(heads.transpose(1, 2).flatten(2))
+
+
+def place(module, name, child):
+    """Puts a child at a dotted name."""
+    *above, last = name.split(".")
+    for part in above:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    module.add_module(last, child)
+
+
+def layout(*args, **kwargs):
+    return lambda: Layout(*args, **kwargs)
+
+
+def alone(module, query, _):
+    return module(query)
+
+
+def first(module, query, _):
+    return module(query)[0]
+
+
+def before_the_norm(name):
+    """Returns a call that takes what a linear in the module gave."""
+
+    def call(module, query, _):
+        outputs = []
+        linear = module.get_submodule(name)
+        hook = linear.register_forward_hook(lambda *args: outputs.append(args[-1]))
+        module(query)
+        hook.remove()
+        return outputs[0]
+
+    return call
+
+
+def bert():
+    return modeling_bert.BertAttention(transformers.BertConfig(**SMALL))
+
+
+def gpt2(module, query, _):
+    mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
+    return module(query, attention_mask=mask.to(query.dtype))[0]
+
+
+def neox():
+    config = transformers.GPTNeoXConfig(**SMALL, rotary_pct=1.0)
+    return modeling_gpt_neox.GPTNeoXAttention(config, layer_idx=0)
+
+
+def without_rotation(module, query, _):
+    """All tokens at position 0, where rotary positions rotate by nothing."""
+    size = WIDTH // HEADS
+    still = torch.ones(1, LENGTH, size), torch.zeros(1, LENGTH, size)
+    return module(query, attention_mask=None, position_embeddings=still)[0]
+
+
+def bloom():
+    config = transformers.BloomConfig(hidden_size=WIDTH, n_head=HEADS)
+    return modeling_bloom.BloomAttention(config, layer_idx=0)
+
+
+def alibi(batch):
+    ones = torch.ones(batch, LENGTH)
+    return modeling_bloom.build_alibi_tensor(ones, HEADS, torch.float64)
+
+
+def with_alibi(module, query, _):
+    bias = alibi(len(query)).expand(-1, LENGTH, -1)
+    return module(query, torch.zeros_like(query), bias, None)[0]
+
+
+def mpt():
+    config = transformers.MptConfig(d_model=WIDTH, n_heads=HEADS, max_seq_len=LENGTH)
+    return modeling_mpt.MptAttention(config, layer_idx=0)
+
+
+def whisper():
+    config = transformers.WhisperConfig(attn_implementation="sdpa")
+    return modeling_whisper.WhisperAttention(WIDTH, HEADS, config=config)
+
+
+def vit(**options):
+    return lambda: modeling_vit.ViTAttention(
+        transformers.ViTConfig(**SMALL | {"vocab_size": None}, **options)
+    )
+
+
+def diffusers(cross=None, **options):
+    sizes = dict(heads=HEADS, dim_head=WIDTH // HEADS, cross_attention_dim=cross)
+    return lambda: Attention(WIDTH, **sizes, **options)
+
+
+def after_the_norm(module, query, _):
+    module.group_norm.forward = lambda x: x  # ours is given what it gives
+    return module(query)
+
+
+def both(module, query, key):
+    return module(query, encoder_hidden_states=key)
+
+
+CASES = {
+    "vit_in_memory": Case("o_proj", vit(), first),
+    "vit_without_qkv_bias": Case("o_proj", vit(qkv_bias=False), first),
+    "bert": Case("bert", bert, before_the_norm("output.dense")),
+    "albert": Case(
+        "albert",
+        lambda: modeling_albert.AlbertAttention(transformers.AlbertConfig(**SMALL)),
+        before_the_norm("dense"),
+    ),
+    "distilbert": Case(
+        "distilbert",
+        lambda: modeling_distilbert.DistilBertSelfAttention(
+            transformers.DistilBertConfig(
+                dim=WIDTH, n_heads=HEADS, attn_implementation="sdpa"
+            )
+        ),
+        first,
+    ),
+    "whisper_in_transformers": Case("linears", whisper, first),
+    "gpt2": Case(
+        "gpt2",
+        lambda: modeling_gpt2.GPT2Attention(transformers.GPT2Config(**GPT)),
+        gpt2,
+        mask=CAUSAL,
+    ),
+    "gpt": Case(
+        "gpt2",
+        lambda: modeling_openai.Attention(
+            WIDTH, LENGTH, transformers.OpenAIGPTConfig(**GPT), scale=True
+        ),
+        first,
+        mask=CAUSAL,
+    ),
+    "diffusers": Case("diffusers", diffusers(), alone),
+    "diffusers_with_norm": Case(
+        "diffusers", diffusers(bias=True, norm_num_groups=2), after_the_norm
+    ),
+    "diffusers_cross": Case("diffusers", diffusers(cross=4), both, kdim=4),
+    "gpt_neox": Case("gpt_neox", neox, without_rotation, mask=CAUSAL, said="attention"),
+    "bloom": Case(
+        "gpt_neox",
+        bloom,
+        with_alibi,
+        mask=alibi(2).expand(-1, LENGTH, -1).numpy(),
+        exact=False,
+        said="attention",
+    ),
+    "mpt": Case(
+        "flash_attn",
+        mpt,
+        lambda module, query, _: module(query, None)[0],
+        exact=False,
+        said="attention",
+    ),
+}
+LAYOUTS = {
+    "timm": Case("timm", lambda: Timm(), alone),
+    "timm_without_qkv_bias": Case(
+        "timm", layout(["qkv"], "proj", no_bias=["qkv"]), alone
+    ),
+    "openai_whisper": Case(
+        "whisper", layout(["query", "key", "value"], "out", no_bias=["key"]), alone
+    ),
+    "vit_in_files": Case(
+        "vit",
+        layout([f"attention.{n}" for n in ("query", "key", "value")], "output.dense"),
+        alone,
+    ),
+    "nanogpt": Case(
+        "nanogpt", layout(["c_attn"], "c_proj", masked=True), alone, mask=CAUSAL
+    ),
+    "vit_pytorch": Case(
+        "to_qkv", layout(["to_qkv"], "to_out.0", no_bias=["to_qkv"], norm=True), alone
+    ),
+    "flash_attn": Case(
+        "flash_attn", layout(["Wqkv"], "out_proj"), alone, said="attention"
+    ),
+    "opacus": Case("opacus", layout([f"{n}linear" for n in "qkv"], "out_proj"), alone),
+    "q_linear": Case("q_linear", layout([f"{n}_linear" for n in "qkv"], "out"), alone),
+}
+EVERY = CASES | LAYOUTS
+
+
+def made(case):
+    """Returns the module and its state_dict, below a name, with random numbers."""
+    torch.manual_seed(0)
+    theirs = case.make().double().eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    parent = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"attn": theirs})})
+    return theirs, dict(parent.state_dict())
+
+
+def planned(case, state_dict, num_heads=HEADS, **options):
+    kinds = {r"model\.attn": case.said} if case.said else {}
+    return convert.plan_tree(state_dict, num_heads, kinds=kinds, **options)
+
+
+def test_every_family_is_held_against_something():
+    assert {case.family for case in EVERY.values()} | {"torch", "clip_pool"} == {
+        *FAMILIES
+    }
+
+
+@pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
+def test_a_family_computes_what_its_library_does_and_comes_back_exactly(case):
+    theirs, state_dict = made(case)
+    (layer,) = convert.find_layers(state_dict)
+    assert (layer.prefix, layer.family) == ("model.attn", case.family)
+    assert (layer.embed_dim, layer.kdim, layer.vdim) == (WIDTH, case.kdim, case.kdim)
+
+    conversion = planned(case, state_dict)
+    params = conversion.params(state_dict)
+    attention = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+    attention |= {"in_proj_bias", "out_proj"}
+    ours = params["model"]["attn"]
+    query, key = normal(2, LENGTH, WIDTH), normal(2, LENGTH, case.kdim, seed=1)
+    key = key if case.kdim != WIDTH else query
+    got, _ = MultiheadAttention(
+        WIDTH,
+        HEADS,
+        bias=layer.bias,
+        kdim=case.kdim,
+        vdim=case.kdim,
+        batch_first=True,
+    ).apply(
+        {"params": {name: ours[name] for name in attention & ours.keys()}},
+        *(query, key, key),
+        attn_mask=case.mask,
+    )
+    with torch.no_grad():
+        want = case.call(theirs, torch.tensor(query), torch.tensor(key)).numpy()
+    tolerance = 1e-12 if case.exact else 3e-6
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+    assert_same_bits(conversion.state_dict(params), arrays_of(state_dict))
+    assert convert.Conversion.from_json(conversion.to_json()) == conversion
+    (report,) = convert.verify(state_dict, params, conversion=conversion)
+    assert max(report.error, report.torch_error) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["timm", "gpt2", "nanogpt", "gpt_neox"])
+def test_what_is_one_tensor_there_is_a_view_of_it(family):
+    case = next(case for case in EVERY.values() if case.family == family)
+    _, state_dict = made(case)
+    arrays = arrays_of(state_dict)
+    params = planned(case, arrays).params(arrays)["model"]["attn"]
+    for name, param in (("in_proj", params["in_proj_weight"]),):
+        assert any(np.shares_memory(param, array) for array in arrays.values()), name
+
+
+@pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
+def test_stacked_layers_come_back_exactly(case):
+    _, one = made(case)
+    state_dict = {
+        name.replace("model.", f"model.{n}."): tensor + n
+        for n in range(2)
+        for name, tensor in one.items()
+    }
+    kinds = {r".*\.attn": case.said} if case.said else {}
+    conversion = convert.plan_tree(state_dict, HEADS, kinds=kinds, stack=["model"])
+    params = conversion.params(state_dict)
+    assert_same_bits(conversion.state_dict(params), arrays_of(state_dict))
+    reports = convert.verify(state_dict, params, conversion=conversion)
+    assert len(reports) == 2 and max(report.error for report in reports) < 1e-12
+
+
+BIASES = ["timm_without_qkv_bias", "whisper_in_transformers", "vit_without_qkv_bias"]
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_that_were_not_there_must_still_be_zero_on_the_way_back(name):
+    _, state_dict = made(EVERY[name])
+    conversion = planned(EVERY[name], state_dict)
+    params = conversion.params(state_dict)
+    absent = [key for entry in conversion.entries for key in entry.absent]
+    (layer,) = convert.find_layers(state_dict)
+    assert absent and tuple(absent) == layer.absent
+    params["model"]["attn"]["in_proj_bias"] = np.ones((3, HEADS, WIDTH // HEADS))
+    with pytest.raises(ValueError) as raised:
+        conversion.state_dict(params)
+    assert str(raised.value) == (
+        "params must have zeros for biases that PyTorch's layer lacks (set them to "
+        "zero, those of keys change no result; or take them by all_biases=True, for a "
+        f"layer that has them), but\n  no longer zero: {'; '.join(absent)}"
+    )
+    back = conversion.state_dict(params, all_biases=True)
+    assert back.keys() == state_dict.keys() | set(absent)
+    assert all((back[key] == 1).all() for key in absent)
+    with pytest.raises(ValueError, match=f"{re.escape(absent[0])} is not zero"):
+        convert.verify(state_dict, params, conversion=conversion)
+
+
+def test_a_bias_that_was_not_planned_for_is_no_silent_loss():
+    _, state_dict = made(EVERY["whisper_in_transformers"])
+    conversion = planned(EVERY["whisper_in_transformers"], state_dict)
+    later = state_dict | {"model.attn.k_proj.bias": torch.ones(WIDTH)}
+    with pytest.raises(ValueError, match=r"unexpected: model\.attn\.k_proj\.bias \(6,"):
+        conversion.params(later)
+
+
+UNSEEN = {name: case for name, case in EVERY.items() if case.said}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_layers_that_mostly_have_positions_are_converted_only_if_told(name):
+    _, state_dict = made(EVERY[name])
+    (layer,) = convert.find_layers(state_dict)
+    assert layer.unseen.startswith("positions")
+    with pytest.raises(ValueError) as raised:
+        convert.plan_tree(state_dict, HEADS)
+    assert layer.unseen in str(raised.value)
+    assert str(raised.value).endswith(
+        '\'model.attn\': kinds={r"model\\.attn": "attention"}'
+    )
+
+
+ALIKE = {
+    "llama": (
+        lambda: transformers.LlamaModel(
+            transformers.LlamaConfig(**SMALL, num_key_value_heads=HEADS)
+        ),
+        "o_proj",
+        "rotary",
+    ),
+    "qwen2": (
+        lambda: transformers.Qwen2Model(
+            transformers.Qwen2Config(**SMALL, num_key_value_heads=HEADS)
+        ),
+        "o_proj",
+        "rotary",
+    ),
+    "gpt_neo": (
+        lambda: transformers.GPTNeoModel(
+            transformers.GPTNeoConfig(
+                hidden_size=WIDTH,
+                num_heads=HEADS,
+                num_layers=1,
+                attention_types=[[["global"], 1]],
+                vocab_size=11,
+            )
+        ),
+        "linears",
+        "not scaled",
+    ),
+    "qwen": (layout(["c_attn"], "c_proj", no_bias=["c_proj"]), "nanogpt", "rotary"),
+}
+
+
+@pytest.mark.parametrize("make, family, unseen", ALIKE.values(), ids=ALIKE)
+def test_biases_tell_layers_that_compute_more(make, family, unseen):
+    """They have the names of others, which compute no more than their tensors show."""
+    state_dict = make().state_dict()
+    (layer,) = convert.find_layers(state_dict)
+    assert layer.family == family and unseen in layer.unseen
+    with pytest.raises(ValueError, match=f"than its tensors show .*{unseen}"):
+        convert.plan_tree(state_dict, HEADS)
+
+
+def test_grouped_queries_are_named():
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=1)
+    (alike,) = convert.find_look_alikes(transformers.LlamaModel(config).state_dict())
+    assert "grouped queries" in alike.reason
+
+
+@pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
+def test_a_fault_in_a_family_is_found(case):
+    """Heads and their features change places, which keeps all shapes."""
+    _, state_dict = made(case)
+    conversion = planned(case, state_dict)
+    params = conversion.params(state_dict)
+    weight = params["model"]["attn"]["out_proj"]["weight"]
+    turned = weight.swapaxes(1, 2).reshape(weight.shape)
+    params["model"]["attn"]["out_proj"] |= {"weight": turned}
+    with pytest.raises(ValueError, match=r"layers that compute other .*'model\.attn'"):
+        convert.verify(state_dict, params, conversion=conversion)
+
+
+class Adapted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(WIDTH, HEADS)
+        self.fc = torch.nn.Linear(WIDTH, WIDTH)
+
+
+def adapted(targets):
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    return peft.get_peft_model(Adapted().double(), config)
+
+
+@pytest.mark.parametrize("targets", [["attn", "fc"], ["fc"]], ids=["all", "fc"])
+@pytest.mark.parametrize(
+    "state_dict_of",
+    [lambda model: model.state_dict(), peft.get_peft_model_state_dict],
+    ids=["whole", "adapter"],
+)
+def test_lora_is_named_and_converted_when_it_is_merged(targets, state_dict_of):
+    model = adapted(targets)
+    state_dict = state_dict_of(model)
+    for ignore in ([], [".*lora_.*"]):
+        if ignore and all("lora_" in name for name in state_dict):
+            continue  # nothing would be left of the adapter
+        with pytest.raises(ValueError, match=r"LoRA that is not merged.*merge_and_"):
+            convert.plan_tree(state_dict, HEADS, ignore=ignore)
+    merged = model.merge_and_unload()
+    conversion = convert.plan_tree(merged.state_dict(), HEADS)
+    assert [layer.prefix for layer in conversion.layers] == ["attn"]
+
+
+GPT_SMALL = dict(n_embd=WIDTH, n_head=HEADS, n_layer=2, n_positions=8, vocab_size=11)
+SAVED = {
+    "bert": (transformers.BertModel, transformers.BertConfig(**SMALL)),
+    "albert": (
+        transformers.AlbertModel,
+        transformers.AlbertConfig(**SMALL, embedding_size=4),
+    ),
+    "distilbert": (
+        transformers.DistilBertModel,
+        transformers.DistilBertConfig(dim=WIDTH, n_heads=HEADS, hidden_dim=8),
+    ),
+    "vit": (
+        transformers.ViTModel,
+        transformers.ViTConfig(**SMALL, image_size=8, patch_size=4),
+    ),
+    "gpt2": (transformers.GPT2Model, transformers.GPT2Config(**GPT_SMALL)),
+    "gpt_neox": (transformers.GPTNeoXModel, transformers.GPTNeoXConfig(**SMALL)),
+    "bloom": (
+        transformers.BloomModel,
+        transformers.BloomConfig(hidden_size=WIDTH, n_head=HEADS, n_layer=2),
+    ),
+    "mpt": (
+        transformers.MptModel,
+        transformers.MptConfig(d_model=WIDTH, n_heads=HEADS, n_layers=2),
+    ),
+    "whisper": (
+        transformers.WhisperModel,
+        transformers.WhisperConfig(
+            d_model=WIDTH,
+            encoder_attention_heads=HEADS,
+            decoder_attention_heads=2,
+            encoder_layers=1,
+            decoder_layers=1,
+            vocab_size=11,
+            max_source_positions=8,
+            pad_token_id=0,
+        ),
+    ),
+}
+
+
+def pasted(message):
+    """Returns the arguments that a message says."""
+    said = {"kinds": {}, "ignore": []}
+    for name, text in re.findall(r"(kinds|ignore)=(\S.*?[\]}])(?= |$)", message, re.M):
+        value = ast.literal_eval(text)
+        said[name] = said[name] | value if name == "kinds" else said[name] + value
+    return said
+
+
+@pytest.mark.parametrize("make, config", SAVED.values(), ids=SAVED)
+def test_what_transformers_save_is_converted_in_two_tries_at_most(
+    make, config, tmp_path
+):
+    """The first says all that has to be said; config.json says the heads."""
+    model = make(config)
+    model.save_pretrained(tmp_path)
+    checkpoint = convert.read_state_dict(tmp_path)
+    try:
+        conversion = convert.plan_tree(checkpoint)
+    except ValueError as error:
+        conversion = convert.plan_tree(checkpoint, **pasted(str(error)))
+    params = conversion.params(checkpoint)
+    reports = convert.verify(checkpoint, params, conversion=conversion)
+    assert max(report.error for report in reports) < 1e-12
+    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    assert 0 < len(reports) <= len(modules)
+    decoder = [report for report in reports if "decoder" in report.prefix]
+    assert {report.num_heads for report in reports if report not in decoder} == {HEADS}
+    assert {report.num_heads for report in decoder} <= {2}
+    assert conversion.state_dict(params).keys() == checkpoint.keys()
