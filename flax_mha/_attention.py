@@ -243,7 +243,8 @@ def _linear(
     product = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=wide
     )
-    if x.shape[0] * x.shape[1] <= _FEW_TOKENS and not _is_quantized():
+    tokens = x.shape[0] * x.shape[1]  # or symbolic, in an export
+    if isinstance(tokens, int) and tokens <= _FEW_TOKENS and not _is_quantized():
         # XLA's CPU compiler transposes the second factor, of which there is less here.
         out = product(weight, x, ((over[1], over[0]), ((), ())))
         out = jnp.moveaxis(out, (-2, -1), (0, 1))

@@ -111,7 +111,7 @@ class CachedSequences:
     def mask(self, extra: Extra | None) -> Mask:
         # Beside a causal mask by position, `attn_mask` counts too.
         masks = self.padded.masks._replace(is_causal=False)
-        batch, num_heads = len(self.cache.position), self.padded.num_heads
+        (batch,), num_heads = self.cache.position.shape, self.padded.num_heads
         mask = masks.mask(batch=batch, num_heads=num_heads, extra=extra)
         return dataclasses.replace(mask, is_causal=self.padded.masks.is_causal)
 

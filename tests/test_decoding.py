@@ -312,6 +312,24 @@ def test_the_compiled_step_copies_no_cache(kind, dtype, batch):
     assert made == []
 
 
+def test_forward_mode_is_that_of_the_full_pass():
+    params, x = parameters(), normal(BATCH, 20, EMBED, seed=13)
+    options = dict(is_causal=True, need_weights=False)
+
+    def pieces(x):
+        cache, outs = empty(length=80), []
+        for rows in (slice(0, 19), slice(19, 20)):
+            out, _, cache = attend(params, x[:, rows], cache=cache, **options)
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1)
+
+    def full(x):
+        return attend(params, x, **options)[0]
+
+    got, want = (jax.jvp(f, (x,), (x[::-1],)) for f in (pieces, full))
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-11)
+
+
 def test_gradients_are_those_of_the_full_forward_pass():
     params, x = parameters(add_bias_kv=True), normal(BATCH, 30, EMBED, seed=10)
     options = dict(is_causal=True, need_weights=True)
@@ -415,6 +433,24 @@ def test_the_cache_travels():
     exported = jax.export.export(jax.jit(lambda cache: cache))(cache)
     again = jax.export.deserialize(exported.serialize())
     assert again.call(cache).dtype == cache.dtype
+
+
+@pytest.mark.parametrize("new", [1, 20])
+def test_a_step_is_exported_for_any_batch(new):
+    params = parameters()
+    step = functools.partial(attend, params, is_causal=True, need_weights=False)
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype), empty(length=80)
+    )
+    x = jax.ShapeDtypeStruct((b, new, EMBED), "float64")
+    exported = jax.export.export(jax.jit(lambda x, cache: step(x, cache=cache)))
+    exported = jax.export.deserialize(exported(x, shapes).serialize())
+    x = normal(3, new, EMBED)
+    out, _, cache = exported.call(x, empty(batch=3, length=80))
+    want, *_ = step(x, cache=empty(batch=3, length=80))
+    np.testing.assert_allclose(out, want, rtol=1e-12, atol=1e-12)
+    assert cache.position.tolist() == [new] * 3
 
 
 def test_layers_are_scanned_over_with_their_caches():

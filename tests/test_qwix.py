@@ -142,4 +142,4 @@ def test_nnx_adapters(arrays, which, kdim, weights):
     model = qwix.apply_lora_to_model(net, provider, arrays, rngs=nnx.Rngs(0))
     state = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
     assert paths(state) == {f"{w}_lora_{x}" for w in weights for x in "ab"}
-    np.testing.assert_allclose(model(arrays), net(arrays), rtol=1e-6)
+    np.testing.assert_allclose(model(arrays), net(arrays), rtol=1e-5, atol=1e-6)

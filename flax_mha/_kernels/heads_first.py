@@ -160,8 +160,10 @@ class _Work:
         """Returns the mask of some sequences and keys."""
 
         def read(x: MaskArray) -> MaskArray:
-            sequence = part.sequence if x.shape[0] > 1 else 0
-            sizes = (min(x.shape[0], part.batch), *x.shape[1:3], part.columns)
+            sequence, batch = part.sequence, part.batch
+            if x.shape[0] == 1:
+                sequence, batch = 0, 1
+            sizes = (batch, *x.shape[1:3], part.columns)
             return slice_at(x, (sequence, 0, 0, part.column), sizes)
 
         return dataclasses.replace(self.call.mask.map(read), open_columns=0)
