@@ -73,50 +73,56 @@ def multi_head_attention(
         params: By PyTorch's name. "out_proj.weight" may have any number of rows.
         static_k, static_v: (batch * heads, src, head_dim), in place of the projected
             key and value.
-        cache: Key and value are appended to it, and attended to with all that it
-            holds; they may be None.
+        cache: Key and value, unless None, are appended, and all of it is attended to.
         dtype: Of the computation; None promotes inputs and parameters together.
-        out_proj: The module that computes `project_out` of its own parameters: where
-            tools that replace products look for these. None: it is computed here.
+        out_proj: The module that computes `project_out` of its own parameters, where
+            tools that replace products look for these; None: as here.
 
     Returns:
         The output, the weights or None, and, if there was a cache, the next.
     """
     wanted = _wanted_weights(need_weights, average_attn_weights)
     masks = TorchMasks(key_padding_mask, attn_mask, is_causal, need_weights)
-    options: dict[str, Any] = _sizes(params, add_zero_attn)
-    options |= dict(batch_first=batch_first)
-    sequences: Any
+    options = dict(_sizes(params, add_zero_attn), batch_first=batch_first)
     if cache is None:
         options |= dict(static_k=static_k, static_v=static_v)
-        sequences = _sequences.of_layer(query, key, value, masks, **options)
-    else:
-        sequences = _cached_sequences.of_layer(
-            query, key, value, masks, cache, dropout=dropout, **options
-        )
-    tokens: Any = sequences.tokens()
-    arrays = [x for x in (*tokens, *params.values()) if x is not None]
-    dtype = dtype or jnp.result_type(*arrays)
-    params = {name: _cast(param, dtype) for name, param in params.items()}
-    with jax.named_scope("in_proj"):
-        q, k, v = _project(params, *tokens, precision=precision)
-    keys = sequences.keys(k, v)
-    extra = _extra_columns(params, add_zero_attn)
-    scale = 1 / math.sqrt(q.shape[3])
+    sequences = _checked(query, key, value, masks, cache, dropout, options)
+    tokens = sequences.tokens()
+    params = _promoted(params, tokens, dtype)
+    q, k, v = _project(params, *tokens, precision=precision)
+    keys, extra = sequences.keys(k, v), _extra_columns(params, add_zero_attn)
+    mask, scale = sequences.mask(extra), 1 / math.sqrt(q.shape[3])
     attended, weights = _dispatch.dot_product_attention(
-        Call(q, keys.key, keys.value, sequences.mask(extra), scale, dropout, extra),
+        Call(q, keys.key, keys.value, mask, scale, dropout, extra),
         layout=keys.layout,
         weights=wanted,
         precision=precision,
         implementation=implementation,
     )
-    if out_proj is None:
-        weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
-        with jax.named_scope("out_proj"):
-            out = project_out(attended, weight, bias, precision)
-    else:
-        out = out_proj(attended)
-    return sequences.result(checkpoint_name(out, "out_proj"), weights, keys)
+    out_proj = out_proj or functools.partial(_project_out, params, precision)
+    out = checkpoint_name(out_proj(attended), "out_proj")
+    return sequences.result(out, weights, keys)
+
+
+def _checked(query, key, value, masks, cache, dropout, options) -> Any:
+    """Checks a call, and returns its sequences."""
+    if cache is None:
+        return _sequences.of_layer(query, key, value, masks, **options)
+    options |= dict(dropout=dropout)
+    return _cached_sequences.of_layer(query, key, value, masks, cache, **options)
+
+
+def _promoted(params: Params, tokens: Any, dtype: DType | None) -> Params:
+    """Returns the parameters in the dtype of the computation."""
+    arrays = [x for x in (*tokens, *params.values()) if x is not None]
+    dtype = dtype or jnp.result_type(*arrays)
+    return {name: _cast(param, dtype) for name, param in params.items()}
+
+
+def _project_out(params: Params, precision: Precision, attended: OutHeads) -> Array:
+    weight, bias = params["out_proj.weight"], params.get("out_proj.bias")
+    with jax.named_scope("out_proj"):  # as modules are by themselves
+        return project_out(attended, weight, bias, precision)
 
 
 def project_out(
@@ -151,6 +157,7 @@ def _sizes(params: Params, add_zero_attn: bool) -> dict[str, Any]:
     )
 
 
+@jax.named_scope("in_proj")
 def _project(
     params: Params,
     query: Query,

@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 GUIDE = ROOT / "docs" / "converting.md"
 RAGGED = ROOT / "docs" / "ragged.md"
-DECODING = ROOT / "docs" / "decoding.md"
 TRAINING = ROOT / "docs" / "training.md"
+DECODING = ROOT / "docs" / "decoding.md"
 
 
 @pytest.fixture(autouse=True)
