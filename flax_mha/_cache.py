@@ -99,7 +99,6 @@ class KeyValueCache:
             key, value: (batch, new, heads, dim).
             lengths: (batch,) how many of each are tokens; None: all. Behind them there
                 has to be room, too.
-
         """
         new = key.shape[1]
         # What lacks room is written somewhere else, into a sequence that is lost.
