@@ -60,7 +60,8 @@ def in_torch_shapes(
     Args:
         optimizer: Optax's, or like it.
 
-    >>> import optax
+    >>> import jax, optax, jax.numpy as jnp
+    >>> from flax_mha import MultiheadAttention
     >>> mha = MultiheadAttention(embed_dim=256, num_heads=2)
     >>> x = jnp.ones((1, 256), jnp.float32)
     >>> params = mha.init(jax.random.key(0), x, x, x)["params"]
