@@ -9,9 +9,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_mha._attention import multi_head_attention
-from flax_mha.linen import MultiheadAttention
 from flax_mha.convert import _model
 from flax_mha.convert._layers import AttentionLayer
+from flax_mha.linen import MultiheadAttention
 
 _BATCH, _TGT_LEN, _SRC_LEN = 2, 4, 5
 
