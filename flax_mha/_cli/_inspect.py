@@ -12,6 +12,7 @@ from flax_mha._cli._messages import message
 from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._draft import Draft, draft_tree
 from flax_mha.convert._entries import Entry
+from flax_mha.convert._find import find
 from flax_mha.convert._patterns import without_numbers
 
 
@@ -21,7 +22,9 @@ def inspect(args: argparse.Namespace) -> int:
     Layers that only look like attention are listed with what they have besides.
     """
     checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
-    layers = convert.find_layers(checkpoint)
+    found = find(checkpoint.specs)
+    layers = [one for one in found if isinstance(one, convert.AttentionLayer)]
+    look_alikes = [one for one in found if isinstance(one, convert.LookAlike)]
     draft, failure = None, []
     try:
         draft = draft_tree(checkpoint)
@@ -49,7 +52,7 @@ def inspect(args: argparse.Namespace) -> int:
     )
     print_table(
         ["looks like one", "but is not converted, because"],
-        _look_alikes(convert.find_look_alikes(checkpoint)),
+        _look_alikes(look_alikes),
     )
     print_lines([] if layers else ["no attention layers found"])
     if draft:

@@ -12,8 +12,9 @@ _COUNT = re.compile(
 _NO_WORD = ("num", "n", "total")
 # What says that attention computes more than its tensors show, unless it is off.
 _UNSEEN = re.compile(
-    r".*(rope|rotary|alibi|soft_?cap).*|attention_types|attention_multiplier"
-    r"|query_pre_attn_scalar|scale_attn_by_inverse_layer_idx|clip_qkv|softmax_scale"
+    r".*(rope|rotary|alibi|soft_?cap|relative|rel_pos).*|attention_types"
+    r"|attention_multiplier|query_pre_attn_scalar|scale_attn_by_inverse_layer_idx"
+    r"|clip_qkv|softmax_scale|num_global_tokens"
 )
 _POSITIONS = re.compile(r".*(rope|rotary|alibi|relative).*")
 _SECTION = re.compile(
@@ -123,6 +124,8 @@ def _is_unseen(said: _Said) -> bool:
     name, value = said.names[-1], said.value
     if name == "scale_attn_weights":  # of GPT-2; off, its logits are not scaled
         return value is False
+    if name == "attention_type" and isinstance(value, str):  # BigBird's
+        return "sparse" in value
     if name.startswith("position") and isinstance(value, str):
         return bool(_POSITIONS.fullmatch(value.lower()))
     # RoFormer's rotary_value says whether positions turn values too.

@@ -164,7 +164,7 @@ class Conversion:
 
     def to_json(self) -> str:
         """Returns the conversion as text, to be kept beside the parameters."""
-        return json.dumps(dataclasses.asdict(self), default=lambda dtype: dtype.name)
+        return json.dumps(vars(self), default=_plain)
 
     @staticmethod
     def from_json(text: str) -> "Conversion":
@@ -185,6 +185,11 @@ class Conversion:
                 f"text must be what Conversion.to_json returned, got {text[:60]!r}: "
                 f"{type(error).__name__} {error}."
             ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON has in place of an entry, a layer or a dtype."""
+    return value.name if isinstance(value, np.dtype) else vars(value)
 
 
 def _entry(fields: dict[str, Any]) -> Entry:

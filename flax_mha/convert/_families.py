@@ -82,8 +82,8 @@ FAMILIES: dict[str, Family] = {
     "linears": Family(
         _LINEARS,
         "out_proj",
-        unseen="logits that are not scaled (as GPT-Neo's)",
-        unseen_with=("out",),
+        unseen="logits that are not scaled (GPT-Neo's), or positions (GPT-J's)",
+        unseen_with=("out", "none"),
     ),
     # transformers 5 in memory: ViT, DINOv2, DETR and others
     "o_proj": Family(_LINEARS, "o_proj", unseen=_ROTARY, unseen_with=("in", "none")),

@@ -1,5 +1,7 @@
 """Which attention layers a state_dict holds, told from its keys and shapes alone."""
 
+import dataclasses
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +22,10 @@ for _name, _family in FAMILIES.items():
     for _sign in _family.signs:
         _SIGNS.setdefault(_sign, []).append(_name)
 _LONGEST_SIGN = max(sign.count(".") + 1 for sign in _SIGNS)
+# What modules beside attention layers are called that add to all of these.
+_BESIDE = re.compile(
+    r"(?:^|[._])(rope|rotary|inv_freq|freqs_cis|alibi|rel_pos|rel\w*_bias|relative_pos)"
+)
 
 
 def find_layers(state_dict: Mapping[str, Any]) -> list[AttentionLayer]:
@@ -27,7 +33,8 @@ def find_layers(state_dict: Mapping[str, Any]) -> list[AttentionLayer]:
 
     Reads no tensor: names, shapes and dtypes must say it all. Code that leaves no
     tensor cannot be seen in them, such as rotary positions or another scale; layers by
-    names that mostly go with such code have it in `unseen`.
+    names that mostly go with such code, and those beside whose module there are
+    positions for all of them, have it in `unseen`.
 
     Args:
         state_dict: Name to tensor or array, a `Checkpoint` say.
@@ -65,9 +72,32 @@ def find(tensors: Mapping[str, Spec]) -> list[AttentionLayer | LookAlike]:
         for prefix in _ancestors(name):
             if prefix in below:
                 below[prefix][name.removeprefix(prefix).removeprefix(".")] = spec
-    return [
+    found = [
         _examine(prefix, list(signs), below[prefix]) for prefix, signs in places.items()
     ]
+    beside = _beside(tensors)
+    return [_with_unseen(layer, beside) for layer in found] if beside else found
+
+
+def _beside(tensors: Iterable[str]) -> dict[str, str]:
+    """Returns by prefix what is right below it and adds positions to all attention."""
+    return {
+        name[: max(name.rfind(".", 0, match.start(1)), 0)]: name
+        for name in tensors
+        if (match := _BESIDE.search(name))
+    }
+
+
+def _with_unseen(
+    layer: AttentionLayer | LookAlike, beside: Mapping[str, str]
+) -> AttentionLayer | LookAlike:
+    if isinstance(layer, LookAlike) or layer.unseen:
+        return layer
+    names = [
+        beside[p] for p in (layer.prefix, *_ancestors(layer.prefix)) if p in beside
+    ]
+    unseen = f"positions: there is {names[0]}" if names else ""
+    return dataclasses.replace(layer, unseen=unseen)
 
 
 def _places(tensors: Mapping[str, Any]) -> dict[str, dict[str, None]]:

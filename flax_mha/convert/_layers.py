@@ -28,7 +28,7 @@ class AttentionLayer:
         absent: Of `keys`, those of biases that the state_dict lacks while others are
             there (Whisper's `k_proj`, timm's `qkv_bias=False`): they are zero.
         buffers: Names of its tensors without which it computes the same.
-        unseen: What layers by these names mostly compute besides, though no tensor
+        unseen: What such layers mostly compute besides, though no tensor of theirs
             shows it, such as rotary positions; "" if nothing is known.
     """
 

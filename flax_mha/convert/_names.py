@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from flax_mha.convert._arrays import few
 from flax_mha.convert._rules import compiled, dotted
 
+_DEEPEST = 200  # modules in each other; trees are walked by calls that call themselves
+
 
 @dataclasses.dataclass(frozen=True)
 class Location:
@@ -82,6 +84,11 @@ class Names:
                 parts[-1] += f"_{part}"
             else:
                 parts.append(part)
+        if len(parts) > _DEEPEST:
+            raise ValueError(
+                f"names in Flax must have at most {_DEEPEST} modules in each other, "
+                f"got {len(parts)}: {original!r:.80}...; `rename` may join some."
+            )
         return Location("/".join(parts), stack, index)
 
     def check_all_used(self) -> None:

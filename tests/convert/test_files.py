@@ -482,6 +482,14 @@ def test_file_that_a_folder_is_read_from(tmp_path, files, chosen):
     assert_same(read_state_dict(tmp_path), arrays("a"))
 
 
+def test_files_that_a_folder_is_not_read_from_are_told(tmp_path):
+    save_safetensors(tmp_path / "model.safetensors", ONES)
+    assert not read_state_dict(tmp_path).notes
+    (tmp_path / "older.pt").touch()
+    note = "Read from model.safetensors, not older.pt."
+    assert read_state_dict(tmp_path).notes == (note,)
+
+
 WRONG_FOLDERS = {
     "nothing": ([], "got no files"),
     "other things": (["train.py"], "must hold a .safetensors file, one of .pt"),

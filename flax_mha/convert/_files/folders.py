@@ -59,6 +59,17 @@ def only_checkpoint(folder: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
+def besides(folder: pathlib.Path, chosen: list[pathlib.Path]) -> list[str]:
+    """Returns the files that may be checkpoints too, but are not read."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name.endswith((".safetensors", *PICKLES))
+        and path not in chosen
+        and not _PART.fullmatch(path.name)
+    )
+
+
 def _all_parts(folder: pathlib.Path, paths: list[pathlib.Path]) -> list[pathlib.Path]:
     """Returns the parts of a model, without an index, if none is missing."""
     if any(_BY_PROCESS.fullmatch(path.name) for path in paths):

@@ -14,6 +14,7 @@ from flax_mha.convert._files import distributed, peel, pickles, safetensors
 from flax_mha.convert._files.folders import (
     ORBAX,
     OURS,
+    besides,
     by_process,
     check_whole,
     is_distributed,
@@ -134,17 +135,21 @@ def read_state_dict(
         raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     if (path / ORBAX).is_file():
         raise _converted(path, "an Orbax checkpoint")
+    found = []
     if path.is_dir() and is_distributed(path):
         content = distributed.read(path)
     elif path.is_dir():
-        content = _content(only_checkpoint(path))
+        chosen = only_checkpoint(path)
+        content = _content(chosen)
+        if others := besides(path, chosen):
+            found = [f"Read from {few(p.name for p in chosen)}, not {few(others)}."]
     else:
         check_whole(path)
         content = _content([path])
     if not isinstance(content, Mapping):
         raise peel.no_state_dict(path, _what(content))
     arrays, notes = peel.peel(content, wrapper, path)
-    return Checkpoint(path, arrays, notes)
+    return Checkpoint(path, arrays, [*found, *notes])
 
 
 def _what(content: Any) -> str:

@@ -98,6 +98,10 @@ BEYOND = {
     "gpt_neo": {"attention_types": [[["global"], 1]]},
     "gpt2_without_scale": {"scale_attn_weights": False},
     "bert_relative": {"position_embedding_type": "relative_key"},
+    "big_bird": {"attention_type": "block_sparse"},
+    "layoutlmv3": {"has_relative_attention_bias": True},
+    "speecht5": {"encoder_max_relative_position": 160},
+    "pegasus_x": {"num_global_tokens": 32},
     "in_text": {"text_config": {"rope_theta": 1e4}, "vision_config": {}},
 }
 
@@ -120,8 +124,9 @@ def test_what_config_json_says_of_more_than_tensors_show_is_asked(tmp_path, conf
     [
         {"alibi": False, "rope_scaling": None, "scale_attn_weights": True},
         {"position_embedding_type": "absolute", "rotary_dim": None},
+        {"attention_type": "original_full", "use_relative_position_bias": False},
     ],
-    ids=["off", "absolute"],
+    ids=["off", "absolute", "full"],
 )
 def test_what_is_off_is_not_asked(tmp_path, config):
     assert plan_tree(with_config(tmp_path, towers(), config), 3).layers

@@ -446,6 +446,24 @@ ALIKE = {
         "linears",
         "not scaled",
     ),
+    "gptj": (
+        lambda: transformers.GPTJModel(
+            transformers.GPTJConfig(
+                n_embd=WIDTH, n_head=HEADS, n_layer=1, rotary_dim=2, vocab_size=11
+            )
+        ),
+        "linears",
+        "GPT-J",
+    ),
+    "layoutlmv3": (
+        lambda: transformers.LayoutLMv3Model(
+            transformers.LayoutLMv3Config(
+                **SMALL, coordinate_size=1, shape_size=1, visual_embed=False
+            )
+        ),
+        "bert",
+        "there is encoder",
+    ),
     "qwen": (layout(["c_attn"], "c_proj", no_bias=["c_proj"]), "nanogpt", "rotary"),
 }
 
@@ -457,6 +475,30 @@ def test_biases_tell_layers_that_compute_more(make, family, unseen):
     (layer,) = convert.find_layers(state_dict)
     assert layer.family == family and unseen in layer.unseen
     with pytest.raises(ValueError, match=f"than its tensors show .*{unseen}"):
+        convert.plan_tree(state_dict, HEADS)
+
+
+@pytest.mark.parametrize(
+    "name", ["rope_embed.periods", "rotary_emb.inv_freq", "rel_pos_bias.weight"]
+)
+def test_positions_beside_layers_are_of_all_below_the_same_module(name):
+    """As DINOv3's own files have them; nothing in a layer shows it."""
+    layer = {
+        f"{linear}.{kind}": torch.ones(shape)
+        for linear, rows in (("qkv", 3 * WIDTH), ("proj", WIDTH))
+        for kind, shape in (("weight", (rows, WIDTH)), ("bias", (rows,)))
+    }
+    prefixes = ["trunk.blocks.0.attn", "trunk.blocks.1.attn", "head.attn"]
+    state_dict = {f"{p}.{key}": layer[key] for p in prefixes for key in layer}
+    state_dict[f"trunk.{name}"] = torch.ones(2)
+    *inside, outside = convert.find_layers(state_dict)
+    assert [layer.unseen for layer in inside] == [
+        f"positions: there is trunk.{name}"
+    ] * 2
+    assert not outside.unseen
+    with pytest.raises(
+        ValueError, match=r"more than its tensors show .*there is trunk"
+    ):
         convert.plan_tree(state_dict, HEADS)
 
 

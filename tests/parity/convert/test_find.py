@@ -125,7 +125,9 @@ def test_each_family_is_found_and_described(family, make, differs):
 @by_family
 def test_each_family_computes_what_it_does_in_torch(family, make, differs):
     theirs = make().double()
-    conversion = plan_tree(theirs.state_dict(), 3)
+    (layer,) = convert.find_layers(theirs.state_dict())
+    kinds = {"": "attention"} if layer.unseen else None
+    conversion = plan_tree(theirs.state_dict(), 3, kinds=kinds)
     params = conversion.params(theirs.state_dict())
     features = (6, differs.get("kdim", 6), differs.get("vdim", 6))
     query, key, value = (x.swapaxes(0, 1) for x in inputs(5, 5, features=features))

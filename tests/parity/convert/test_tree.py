@@ -272,6 +272,13 @@ def test_the_target_tells_what_a_matrix_is(kind):
     np.testing.assert_array_equal(params["head"][kind], turned)
 
 
+def test_a_name_that_no_tree_can_hold_is_refused():
+    state_dict = {"a." * 1600 + "bias": np.ones(2)}
+    with pytest.raises(ValueError, match=r"at most 200 modules .*got 1601: 'a\.a\."):
+        plan_tree(state_dict)
+    assert plan_tree(state_dict, rename={r"^(a\.)+": "a."}).params(state_dict)
+
+
 def test_a_root_weight_is_named_by_its_own_name():
     params = convert_tree({"weight": torch.ones(2, 3)}, kinds={"weight": "kernel"})
     assert params["kernel"].shape == (3, 2)
