@@ -85,6 +85,15 @@ def counts_in(config: Mapping[str, Any]) -> str:
     return ", ".join(map(str, counts)) or "nothing"
 
 
+def other_rows(config: Mapping[str, Any], family: str) -> str | None:
+    """Returns what it says of a layer's rows being in another order than they seem."""
+    for said in _walk(config):
+        is_big_code = said.names[-1] == "multi_query" and said.value is False
+        if is_big_code and family == "nanogpt":
+            return str(said)
+    return None
+
+
 def unseen_in(config: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, str]:
     """Returns, by prefix, what it says of more than tensors show: rotary positions."""
     unseen = [said for said in _walk(config) if _is_unseen(said)]

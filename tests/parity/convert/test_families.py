@@ -623,3 +623,23 @@ def test_what_transformers_save_is_converted_in_two_tries_at_most(
     assert {report.num_heads for report in reports if report not in decoder} == {HEADS}
     assert {report.num_heads for report in decoder} <= {2}
     assert conversion.state_dict(params).keys() == checkpoint.keys()
+
+
+def test_rows_that_only_config_json_tells_are_refused(tmp_path):
+    config = transformers.GPTBigCodeConfig(
+        n_embd=8,
+        n_head=2,
+        n_layer=1,
+        n_positions=4,
+        vocab_size=5,
+        n_inner=8,
+        multi_query=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    transformers.GPTBigCodeModel(config).save_pretrained(tmp_path)
+    state_dict = convert.read_state_dict(tmp_path)
+    with pytest.raises(ValueError, match="its rows go head after head"):
+        convert.plan_tree(state_dict)
+    # The same names and shapes in nanoGPT's order.
+    assert convert.plan_tree(state_dict, 2, config={}, kinds={"wte|wpe": "embedding"})
