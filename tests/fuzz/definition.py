@@ -59,7 +59,9 @@ def multi_head(
     attended, weights = attention(
         q / np.sqrt(q.shape[-1]), k, v, additive, factors, dead_is_zero=not need_weights
     )
-    joined = attended.swapaxes(1, 2).reshape(*query.shape[:2], params["out_proj.weight"].shape[1])
+    joined = attended.swapaxes(1, 2).reshape(
+        *query.shape[:2], params["out_proj.weight"].shape[1]
+    )
     out = joined @ params["out_proj.weight"].T + params.get("out_proj.bias", 0)
     return out, weights
 
@@ -108,10 +110,10 @@ def factors(seed, rate, shape):
     return (bits >= round(rate * 2**32)) / (1 - rate)
 
 
-def _hash(x, between=np.uint32(0)):
+def _hash(x, between=0):
     """Chris Wellons' lowbias32, with a second seed half way."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15)) ^ between) * np.uint32(0x846CA68B)
+    x = (x ^ (x >> np.uint32(15)) ^ np.uint32(between)) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
 
 

@@ -1,4 +1,4 @@
-"""Multi-head attention on arrays: both modules and the function, under transformations."""
+"""Multi-head attention on arrays: the modules and the function, transformed."""
 
 import contextlib
 import functools
@@ -98,8 +98,9 @@ def check(config):
     params, arrays = draw_params(config, rng), draw_arrays(config, rng)
     leaves = {n: x for n, x in arrays.items() if x.dtype != bool}
     constants = {n: x for n, x in arrays.items() if x.dtype == bool}
-    settings = jax.enable_x64(config["x64"]), jax.numpy_dtype_promotion(
-        config["promotion"]
+    settings = (
+        jax.enable_x64(config["x64"]),
+        jax.numpy_dtype_promotion(config["promotion"]),
     )
     with contextlib.ExitStack() as stack:
         for setting in settings:
@@ -227,7 +228,10 @@ def draw_params(config, rng):
     kdim, vdim = config["kdim"] or embed, config["vdim"] or embed
     rows = config["out_rows"] or embed
     if config["separate"] or kdim != embed or vdim != embed:
-        shapes = {f"{n}_proj_weight": (embed, w) for n, w in zip("qkv", (embed, kdim, vdim), strict=True)}
+        shapes = {
+            f"{n}_proj_weight": (embed, w)
+            for n, w in zip("qkv", (embed, kdim, vdim), strict=True)
+        }
     else:
         shapes = {"in_proj_weight": (3 * embed, embed)}
     if config["bias"]:
@@ -237,7 +241,9 @@ def draw_params(config, rng):
     shapes["out_proj.weight"] = (rows, embed)
     if config["bias"]:
         shapes["out_proj.bias"] = (rows,)
-    dtype = config["dtype"] if config["param_dtype"] == "same" else config["param_dtype"]
+    dtype = (
+        config["dtype"] if config["param_dtype"] == "same" else config["param_dtype"]
+    )
     return {
         name: (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(jnp.dtype(dtype))
         for name, shape in shapes.items()
@@ -254,7 +260,9 @@ def draw_arrays(config, rng):
 
     def source(length, width):
         order = [*batch, length] if config["batch_first"] else [length, *batch]
-        return rng.normal(size=[*sets, *order, width]).astype(jnp.dtype(config["dtype"]))
+        return rng.normal(size=[*sets, *order, width]).astype(
+            jnp.dtype(config["dtype"])
+        )
 
     arrays = {"query": source(tgt_len, embed)}
     if config["sources"] != "self":
@@ -321,7 +329,9 @@ def _batch_first(config, x, *, back=False):
 def _result_dtype(config):
     if config["compute"]:
         return jnp.dtype(config["compute"])
-    params = config["param_dtype"] if config["param_dtype"] != "same" else config["dtype"]
+    params = (
+        config["param_dtype"] if config["param_dtype"] != "same" else config["dtype"]
+    )
     return jnp.promote_types(config["dtype"], params)
 
 
@@ -330,9 +340,10 @@ def _result_dtype(config):
 
 def _constructor(config):
     options = pick(config, *CONSTRUCTOR, "batch_first", "implementation")
-    return (config["num_heads"] * config["head_dim"], config["num_heads"]), options | dict(
-        dtype=config["compute"], deterministic=config["deterministic"]
-    )
+    return (
+        config["num_heads"] * config["head_dim"],
+        config["num_heads"],
+    ), options | dict(dtype=config["compute"], deterministic=config["deterministic"])
 
 
 def _converters(config):

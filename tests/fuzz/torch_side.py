@@ -34,7 +34,9 @@ def results(config, params, arrays, ours):
         ours: Whose cotangents are taken.
     """
     if not ours.has_sets:
-        return _of_one_set(config, params, arrays, ours.cotangents, bool(ours.gradients))
+        return _of_one_set(
+            config, params, arrays, ours.cotangents, bool(ours.gradients)
+        )
     sets = []
     for s in range(2):
         one = {n: x if x.dtype == bool else x[s] for n, x in arrays.items()}
@@ -54,7 +56,9 @@ def _of_one_set(config, params, arrays, cotangents, with_gradients):
 
     def tensor(x):
         is_bool = x.dtype == bool
-        return torch.tensor(x if is_bool else x.astype(np.float64), requires_grad=not is_bool)
+        return torch.tensor(
+            x if is_bool else x.astype(np.float64), requires_grad=not is_bool
+        )
 
     tensors = {name: tensor(x) for name, x in (arrays | params).items()}
     with warnings.catch_warnings():
