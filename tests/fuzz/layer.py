@@ -86,6 +86,8 @@ def settle(config):
         config["dead_row"] = False
     if not _kinds(config) & {"float", "float_heads"}:
         config.update(lowest=False, mask_dtype="same")
+    if config["lowest"] and config["dtype"] == "float64":
+        config["compute"] = None  # of which that would be -inf
     if config["dropout"] == 0:
         config["deterministic"] = False
     if not config["need_weights"]:
