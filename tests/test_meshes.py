@@ -385,8 +385,8 @@ def test_explicit_axes_may_divide_batch_and_heads_alone():
         layer(params, x)
     assert str(raised.value) == (
         "query must be divided over batch and heads only, but explicit mesh axes "
-        "divide it, (batch, length, heads, head_dim), as P(None, 'tensor', None, None): "
-        "use jax.sharding.reshard before."
+        "divide it, (batch, length, heads, head_dim), as "
+        "P(None, 'tensor', None, None): use jax.sharding.reshard before."
     )
 
 
