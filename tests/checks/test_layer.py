@@ -234,14 +234,14 @@ SHAPES = {
     "attn_mask_4d": (
         dict(attn_mask=bools(1, 2, 4, 5)),
         ValueError,
-        "a 4-D attn_mask must have shape (batch or 1, num_heads or 1, tgt_len, src_len) "
-        "= (1, 3, 4, 5), got (1, 2, 4, 5).",
+        "a 4-D attn_mask must have shape (batch or 1, num_heads or 1, tgt_len, "
+        "src_len) = (1, 3, 4, 5), got (1, 2, 4, 5).",
     ),
     "unbatched-attn_mask_4d": (
         UNBATCHED | dict(attn_mask=bools(2, 3, 4, 5)),
         ValueError,
-        "a 4-D attn_mask must have shape (batch or 1, num_heads or 1, tgt_len, src_len) "
-        "= (1, 3, 4, 5), got (2, 3, 4, 5).",
+        "a 4-D attn_mask must have shape (batch or 1, num_heads or 1, tgt_len, "
+        "src_len) = (1, 3, 4, 5), got (2, 3, 4, 5).",
     ),
     "unbatched-attn_mask_3d": (
         UNBATCHED | dict(attn_mask=bools(1, 4, 5)),
