@@ -1,11 +1,17 @@
-"""What JAX's types say of meshes, and placing arrays on one."""
+"""What JAX's types and Flax's rules say of meshes, and placing arrays on one."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+from flax.core import spmd
 from jax import lax
+
+_NAMES = ("batch", "heads", "embed")  # that rules may divide
+
+Rules = Sequence[tuple[str, Any]]  # as Flax has them
+Axes = tuple[str, ...]  # of a mesh
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
@@ -24,28 +30,136 @@ def varying(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(vary, tree)
 
 
-def place_by_names(
-    x: jax.Array, names: tuple[str, ...], rules: Mapping[str, Any]
-) -> jax.Array:
+def mesh_of(x: Any) -> Any:
+    """Returns the mesh of `jax.set_mesh`, or of an array's type, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty else mesh
+
+
+class Division(NamedTuple):
+    """How a product of rows and features is divided over explicit axes."""
+
+    mesh: Any  # None: XLA decides, or there is nothing to divide
+    rows: tuple[Axes, ...] = ()
+    features: tuple[Axes, ...] = ()
+
+    @classmethod
+    def of(cls, x: jax.Array, weight: Any, names: Sequence[str | None]) -> "Division":
+        """Returns that of the product of the rows of `x` and the features of a weight.
+
+        Args:
+            names: Of the features. Those without one are gathered, as are those that
+                are divided over axes which divide `x`: fully sharded parameters.
+        """
+        mesh = mesh_of(x)
+        if mesh is None or not mesh.explicit_axes:
+            return cls(None)
+        contracted = weight.ndim - len(names)
+        used = set().union(*explicit_spec(x))
+        features = tuple(
+            tuple(axis for axis in axes if name and axis not in used)
+            for name, axes in zip(names, explicit_spec(weight), strict=False)
+        )
+        return cls(mesh, explicit_spec(x)[:-contracted], features)
+
+    def options(self, *spec: Axes) -> dict[str, Any]:
+        """Returns `out_sharding` of a product whose result has these axes."""
+        if self.mesh is None:
+            return {}
+        sharding = jax.sharding.NamedSharding(self.mesh, partition_spec(spec))
+        return dict(out_sharding=sharding)
+
+    def put(self, x: Any, *spec: Axes) -> Any:
+        """Returns an array that has these axes, divided so."""
+        return x if self.mesh is None else resharded(x, spec, self.mesh)
+
+
+def is_mapped_over() -> bool:
+    """Whether this is inside a `vmap` that was told a mesh axis, `spmd_axis_name`."""
+    from jax._src import core  # it has no public name
+
+    get_axis_env = getattr(core, "get_axis_env", None)
+    return get_axis_env is not None and bool(get_axis_env().spmd_axis_names)
+
+
+def explicit_spec(x: Any) -> tuple[Axes, ...]:
+    """Returns the explicit mesh axes that divide each axis of an array."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return tuple(as_tuple(axes) for axes in spec + (None,) * (x.ndim - len(spec)))
+
+
+def by_rules(name: str, size: Any, mesh: Any) -> tuple[Axes, str | None]:
+    """Returns the Auto axes that Flax's rules give for an axis of an array.
+
+    Args:
+        name: Of the array's axis.
+        size: Of the array's axis.
+
+    Returns:
+        The axes; or none, and why it is not those of the rules, if so.
+    """
+    axes = _axes_of(name, spmd.get_logical_axis_rules(), mesh.auto_axes)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if parts == 1:
+        return (), None
+    if not isinstance(size, int) or size % parts:
+        return (), f"{name} is {size}, and mesh axes {axes} are {parts} devices"
+    return axes, None
+
+
+def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
+    """Divides an array over Auto axes by Flax's rules, if there are any.
+
+    Args:
+        names: Of its axes. None: not divided. `UNCONSTRAINED`: as XLA decides.
+    """
+    mesh = mesh_of(x)
+    if mesh is None or not ruled_axes(mesh) or is_mapped_over():
+        return x
+    spec = [
+        _entry(by_rules(name, size, mesh)[0]) if isinstance(name, str) else name
+        for name, size in zip(names, x.shape, strict=True)
+    ]
+    place: Any = jax.P(*spec)
+    if jax.sharding.get_abstract_mesh().empty:
+        place = jax.sharding.NamedSharding(mesh, place)
+    return _constrain(x, place)
+
+
+# Compiled, it takes what lies on no mesh yet, as eager calls may have.
+_constrain = jax.jit(lax.with_sharding_constraint, static_argnums=1)
+
+
+def ruled_axes(mesh: Any) -> frozenset[str]:
+    """Returns the Auto axes that Flax's rules speak of, for what there is here."""
+    rules = spmd.get_logical_axis_rules()
+    axes = (_axes_of(name, rules, mesh.auto_axes) for name in _NAMES)
+    return frozenset().union(*axes)
+
+
+def resharded(x: Any, spec: Sequence[Axes], mesh: Any) -> Any:
+    """Divides an array over those of the axes that are explicit."""
+    explicit = () if mesh is None else mesh.explicit_axes
+    spec = tuple(tuple(a for a in axes if a in explicit) for axes in spec)
+    if not explicit or spec == explicit_spec(x):
+        return x
+    sharding = jax.sharding.NamedSharding(mesh, partition_spec(spec))
+    return jax.sharding.reshard(x, sharding)
+
+
+def place_by_names(x: jax.Array, names: tuple[str, ...], rules: Rules) -> jax.Array:
     """Divides an array over the axes of `jax.set_mesh`'s mesh, if there is one.
 
     Args:
         names: Of the array's axes.
-        rules: From a name to a mesh axis, several, or None. A name without a rule is
-            that of a mesh axis, or of none.
+        rules: As of `spec_by_names`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = [_on_mesh(rules.get(name, name), mesh) for name in names]
-    for name, size, axes in zip(names, x.shape, spec, strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in axes)
-        if size % parts:
-            raise ValueError(
-                f"parameters have {size} {name}, which the size {parts} of mesh axes "
-                f"{axes} must divide, as these divide {name}: change num_heads or "
-                "embed_dim, the mesh, or the rules."
-            )
+    spec = spec_by_names(names, x.shape, rules, mesh)
     for kind, place in (
         (mesh.explicit_axes, jax.sharding.reshard),
         (mesh.auto_axes, lax.with_sharding_constraint),
@@ -56,6 +170,49 @@ def place_by_names(
     return x
 
 
-def _on_mesh(axes: Any, mesh: Any) -> tuple[str, ...]:
-    axes = (axes,) if isinstance(axes, str) or axes is None else axes
-    return tuple(axis for axis in axes if axis in mesh.shape)
+def spec_by_names(
+    names: Sequence[str], shape: Sequence[int], rules: Rules, mesh: Any
+) -> list[Axes]:
+    """Returns the mesh axes that divide each axis of a parameter.
+
+    Args:
+        names: Of the parameter's axes.
+        rules: From a name to a mesh axis, several, or None. The first for a name counts
+            that says None or some axes which the mesh has, and of its axes these. A
+            name without a rule is that of a mesh axis, or of none.
+
+    Raises:
+        ValueError: They do not divide it.
+    """
+    rules = (*rules, *((name, name) for name in names))
+    spec = [_axes_of(name, rules, mesh.axis_names) for name in names]
+    for name, size, axes in zip(names, shape, spec, strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            raise ValueError(
+                f"parameters have {size} {name}, which the size {parts} of mesh axes "
+                f"{axes} must divide, as these divide {name}: change num_heads or "
+                "embed_dim, the mesh, or the rules."
+            )
+    return spec
+
+
+def partition_spec(spec: Iterable[Axes]) -> jax.P:
+    return jax.P(*map(_entry, spec))
+
+
+def _axes_of(name: str, rules: Rules, mesh_axes: Any) -> Axes:
+    for rule, axes in rules:
+        found = tuple(axis for axis in as_tuple(axes) if axis in mesh_axes)
+        if rule == name and (found or not axes):
+            return found
+    return ()
+
+
+def as_tuple(axes: Any) -> Axes:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _entry(axes: Axes) -> Any:
+    """Returns these as `PartitionSpec` has them."""
+    return None if not axes else axes[0] if len(axes) == 1 else axes

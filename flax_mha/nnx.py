@@ -170,25 +170,26 @@ class MultiheadAttention(nnx.Module):
         kept = self.cache if self.decode else None
         if self.decode:
             cache_checks.has_been_made(kept)
-        out, weights, *cached = multi_head_attention(
-            self._parameters(),
-            query,
-            key,
-            value,
-            key_padding_mask,
-            attn_mask,
-            batch_first=self.batch_first,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-            add_zero_attn=self.add_zero_attn,
-            dropout=self._dropout(deterministic, rngs),
-            cache=None if kept is None else kept.get_value(),
-            dtype=self.dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-            out_proj=self.out_proj,
-        )
+        with nn.logical_axis_rules(self._rules()):
+            out, weights, *cached = multi_head_attention(
+                self._parameters(),
+                query,
+                key,
+                value,
+                key_padding_mask,
+                attn_mask,
+                batch_first=self.batch_first,
+                need_weights=need_weights,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+                add_zero_attn=self.add_zero_attn,
+                dropout=self._dropout(deterministic, rngs),
+                cache=None if kept is None else kept.get_value(),
+                dtype=self.dtype,
+                precision=self.precision,
+                implementation=self.implementation,
+                out_proj=self.out_proj,
+            )
         if kept is not None and key is not None:
             kept.set_value(*cached)
         if sow_weights:
@@ -282,6 +283,11 @@ class MultiheadAttention(nnx.Module):
         params["out_proj.bias"] = self.out_proj.bias
         return {name: param[...] for name, param in params.items() if param is not None}
 
+    def _rules(self) -> tuple[Any, ...]:
+        """Returns what divides a call: the weights' own rules, then the context's."""
+        own = self.out_proj.weight.get_metadata().get("sharding_rules") or ()
+        return (*own, *nn.get_logical_axis_rules())
+
     def _dropout(
         self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | Array | None
     ) -> Dropout | None:
@@ -339,13 +345,13 @@ def _param(
         value = jax.device_put(value, device)
     if "out_sharding" in metadata:
         return nnx.Param(value, **metadata)
-    rules = _UNDIVIDED | dict(metadata.get("sharding_rules") or ())
+    rules = (*(metadata.get("sharding_rules") or ()), *_UNDIVIDED)
     if device is None and nnx.using_eager_sharding():
-        value = place_by_names(value, axes, dict(nn.get_logical_axis_rules()) | rules)
+        value = place_by_names(value, axes, (*rules, *nn.get_logical_axis_rules()))
     defaults = dict(out_sharding=axes, eager_sharding=False)
-    metadata = {**defaults, **metadata, "sharding_rules": tuple(rules.items())}
+    metadata = {**defaults, **metadata, "sharding_rules": rules}
     return nnx.Param(value, **metadata)
 
 
 # Rules for names that nobody has a rule for, as nnx wants one for every name.
-_UNDIVIDED = {"qkv": None, "head_dim": None}
+_UNDIVIDED = (("qkv", None), ("head_dim", None))

@@ -2,7 +2,7 @@
 
 `python -m tests.fuzz` runs them, `test_fuzz.py` a few. A part is a module with a table
 `OPTIONS`, `settle`, which changes what excludes each other, and `check`, which raises.
-Another part, of meshes say, is another module, and its name in `PARTS`.
+Another part is another module, and its name in `PARTS`.
 """
 
-PARTS = ("layer",)
+PARTS = ("layer", "meshes")
