@@ -7,14 +7,8 @@ configuration that fails is made as simple as it can be, and printed as Python t
 import argparse
 import importlib
 import json
-import os
 import time
 from pathlib import Path
-
-if __name__ == "__main__":
-    # Compiling takes nearly all the time. JAX reads this when it is imported.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
