@@ -25,7 +25,8 @@ def main() -> int:
     part = importlib.import_module(f"tests.fuzz.{options.part}")
     first = _next(options)
     failed = 0
-    for n in range(first, options.start + options.count):
+    end = options.start + options.count
+    for n in range(first, end):
         began = time.monotonic()
         rng = np.random.default_rng([options.seed, n])
         config = draw(part.OPTIONS, part.settle, rng)
@@ -36,7 +37,10 @@ def main() -> int:
             _report(part, options, n, config, error)
         if n % _PROGRAMS == 0:
             jax.clear_caches()
-    print(f"{options.part}, seed {options.seed}: {failed} failed, of {first} to {n}")
+    ran = max(end - first, 0)
+    print(
+        f"{options.part}, seed {options.seed}: {failed} failed, of {ran} from {first}"
+    )
     return bool(failed)
 
 
