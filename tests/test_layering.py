@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
-KERNELS = ["blockwise", "cudnn", "heads_first", "ragged", "reference", "splash"]
+KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged"]
+KERNELS += ["reference", "splash"]
 LAYERS = [
     ["_typing", "_mesh", "_lazy"],
     ["_lowering"],
@@ -18,6 +19,7 @@ LAYERS = [
     ["_ragged.array"],
     ["_ragged"],
     ["_kernels._blocks", "_kernels._softmax", "_kernels._cudnn_calls"],
+    ["_kernels._mosaic_calls"],
     ["_kernels._ragged_blocks"],
     [f"_kernels.{name}" for name in KERNELS],
     ["_kernels"],
