@@ -41,9 +41,14 @@ def program() -> None:
     """Runs the command line, and ends the process."""
     # When Orbax fails, TensorStore's threads go on, and find nobody to report to.
     sys.unraisablehook = lambda _: None
-    # As an interrupt does, so that nothing half-written stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())
+
+
+def _terminate(*_) -> None:
+    """Ends as an interrupt does, so that nothing half-written stays."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # tidying is not terminated too
+    sys.exit(128 + signal.SIGTERM)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -204,6 +204,10 @@ BOMBS = {
     "number of a memo": (b"\x80\x02}r\xff\xff\xff\xff.", "got a mapping with keys []"),
     "length of text": (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x00.", "is a broken pickle"),
     "length of a frame": (b"\x80\x04\x95" + b"\xff" * 6 + b"\x00\x00N.", "is a broken"),
+    "length of a bytearray": (
+        b"\x80\x05\x96" + b"\0\0\0\0\1\0\0\0" + b".",
+        "is a broken pickle",
+    ),
     "hash of a key": (
         b"\x80\x02}" + NESTED + b"K\x01s.",
         "got a mapping with keys [<tuple>]",

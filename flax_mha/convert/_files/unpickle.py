@@ -122,6 +122,10 @@ class _Unpickler(_Python):
         for at in range(0, len(items), 2):
             self.stack[-1][_key(items[at])] = items[at + 1]
 
+    def load_bytearray8(self) -> None:
+        """Reads what is there; its own code would first make all that is announced."""
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
     def load_empty_set(self) -> None:
         self.append(self.find_class("builtins", "set")())
 
@@ -141,6 +145,7 @@ class _Unpickler(_Python):
     dispatch |= {
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.EMPTY_SET[0]: load_empty_set,
         pickle.FROZENSET[0]: load_frozenset,
         pickle.BUILD[0]: load_build,

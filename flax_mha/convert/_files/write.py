@@ -1,13 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files and folders of tensors and parameters, written for either side."""
 
-import atexit
-import contextlib
 import os
 import pathlib
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +14,7 @@ from flax_mha.convert._arrays import as_numpy, few
 from flax_mha.convert._conversion import Conversion
 from flax_mha.convert._files import safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
+from flax_mha.convert._files.replacing import replacing
 from flax_mha.convert._files.source import Source
 
 # Endings of other kinds of files.
@@ -99,7 +96,7 @@ def save_params(
     _check_orbax(path, flat)
     if path.exists() and not (path / ORBAX).exists():
         raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
-    with _replacing(path, overwrite) as new:
+    with replacing(path, overwrite) as new:
         _save_orbax(new, flat)
         if text is not None:
             (new / OURS_IN_FOLDER).write_text(text)
@@ -217,55 +214,5 @@ def _write_file(
 ) -> None:
     if path.is_dir():
         raise FileExistsError(f"{str(path)!r} is a folder.")
-    with _replacing(path, overwrite) as new, new.open("xb") as file:
+    with replacing(path, overwrite) as new, new.open("xb") as file:
         safetensors.write(file, arrays, metadata)
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """Yields a path in a new folder beside; what is there in the end becomes `path`.
-
-    A link stays, and what it leads to is replaced.
-    """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"path must be in a folder that exists, got {str(path)!r}."
-        )
-    path = pathlib.Path(os.path.realpath(path))
-    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    new, old = folder / path.name, folder / "replaced"
-    written = False
-    try:
-        _make_folder(folder, path)
-        yield new
-        for inside in [*new.rglob("*"), new]:
-            _sync(inside)
-        if path.is_dir():  # which cannot be replaced by renaming alone
-            path.rename(old)
-        new.replace(path)
-        _sync(path.parent)
-        written = True
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not written:  # Orbax's threads may still write what was interrupted
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-
-def _make_folder(folder: pathlib.Path, path: pathlib.Path) -> None:
-    try:
-        folder.mkdir()
-    except OSError as error:  # by the name that the caller knows
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until the disk has it; a full disk may show only here."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

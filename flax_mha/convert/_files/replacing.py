@@ -1,0 +1,151 @@
+"""Files and folders that appear whole or not at all, whatever ends the process."""
+
+import atexit
+import contextlib
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import pathlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+
+_NAME = re.compile(r"[0-9a-f]{8}\.tmp")
+_OLD = "replaced"
+# Of Linux' renameat2.
+_HERE = -100
+_IF_NEW, _SWAP = 1, 2
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+    """Yields a path in a new folder beside; what is there in the end becomes `path`.
+
+    A link stays, and what it leads to is replaced. Folders that processes left here
+    which were killed are removed first.
+
+    Raises:
+        FileExistsError: `path` exists, or another process has made it meanwhile, and it
+            may not be replaced; or it is neither a file nor a folder.
+        FileNotFoundError: There is no folder for it.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path must be in a folder that exists, got {str(path)!r}."
+        )
+    given, path = path, pathlib.Path(os.path.realpath(path))
+    _remove_left_behind(path)
+    if path.exists():
+        _check_replaceable(given, overwrite)
+    try:
+        folder, lock = _make_folder(path)
+    except OSError as error:  # by the name that the caller knows
+        raise OSError(error.errno, error.strerror, str(given)) from error
+    new, written = folder / path.name, False
+    try:
+        yield new
+        for inside in [*new.rglob("*"), new]:
+            _sync(inside)
+        _put(new, path, overwrite)
+        _sync(path.parent)
+        written = True
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not written:  # Orbax's threads may still write what was interrupted
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _check_replaceable(path: pathlib.Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
+    if not path.is_file() and not path.is_dir():
+        raise FileExistsError(f"{str(path)!r} is neither a file nor a folder.")
+
+
+def _put(new: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:
+    """Makes `new` what is at `path`, where there is the old or the new at any moment.
+
+    Where the system has no way to swap two folders, there is for a moment neither.
+    """
+    if overwrite and not path.is_dir():
+        new.replace(path)
+    elif overwrite:
+        if not _rename(new, path, _SWAP):
+            _replace_folder(new, path)
+    elif not _rename(new, path, _IF_NEW):
+        if path.exists():
+            _check_replaceable(path, overwrite)
+        new.rename(path)
+
+
+def _replace_folder(new: pathlib.Path, path: pathlib.Path) -> None:
+    old = new.with_name(_OLD)
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+
+
+def _rename(new: pathlib.Path, path: pathlib.Path, how: int) -> bool:
+    """Renames as Linux can, and Python cannot; returns whether it could."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_HERE, os.fsencode(new), _HERE, os.fsencode(path), how) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code == errno.EEXIST:
+        _check_replaceable(path, overwrite=False)
+    if code not in _UNKNOWN:
+        raise OSError(code, os.strerror(code), str(path))
+    return False
+
+
+def _start(path: pathlib.Path) -> str:
+    """Returns what names begin with of folders in which `path` is written."""
+    return "." + os.fsencode(path.name)[:200].decode(errors="ignore") + "."
+
+
+def _make_folder(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """Returns a new folder, and what has it locked while this process lives."""
+    while True:
+        folder = path.with_name(f"{_start(path)}{uuid.uuid4().hex[:8]}.tmp")
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # where it cannot be, others cannot either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # else somebody took it for left behind
+            return folder, lock
+        os.close(lock)
+
+
+def _remove_left_behind(path: pathlib.Path) -> None:
+    """Removes what processes that were killed have left, and nobody else has locked."""
+    for folder in path.parent.glob(f"{glob.escape(_start(path))}*"):
+        if not _NAME.fullmatch(folder.name.removeprefix(_start(path))):
+            continue
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (folder / _OLD).exists() and not path.exists():
+                    (folder / _OLD).rename(path)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until the disk has it; a full disk may show only here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
