@@ -5,6 +5,7 @@ import io
 import pickle
 import struct
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -256,4 +257,9 @@ BOMBS = {
 @pytest.mark.parametrize("content, text", BOMBS.values(), ids=BOMBS)
 def test_a_pickle_that_would_use_much_is_refused(tmp_path, content, text):
     (tmp_path / "a.pt").write_bytes(content)
-    assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.pt"))
+    tracemalloc.start()
+    try:
+        assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.pt"))
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
