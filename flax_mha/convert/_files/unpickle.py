@@ -104,8 +104,10 @@ class _Bounded:
     def read(self, count: int) -> bytes:
         if count > _MUCH:
             here = self._file.tell()
-            count = min(count, self._file.seek(0, io.SEEK_END) - here)
+            rest = self._file.seek(0, io.SEEK_END) - here
             self._file.seek(here)
+            if count > rest:
+                raise EOFError("it is cut off")
         return self._file.read(count)
 
 
