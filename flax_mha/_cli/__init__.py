@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flax_mha._cli import _commands, _inspect
 from flax_mha._cli._messages import one_line
+from flax_mha._cli._tables import shown
 
 _EXAMPLES = """\
 examples:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"flax-mha: {one_line(error)}", file=sys.stderr)
+        print(f"flax-mha: {shown(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flax-mha: interrupted", file=sys.stderr)

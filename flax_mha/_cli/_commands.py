@@ -61,7 +61,7 @@ def verify(args: argparse.Namespace) -> int:
     try:
         reports = convert.verify(checkpoint, params, conversion=conversion)
     except ValueError as error:  # what differs, listed
-        print(message(error))
+        print_lines(message(error).splitlines())
         print_lines(
             note for note in map(message, checkpoint.notes) if "--wrapper" in note
         )

@@ -11,7 +11,14 @@ from rich.table import Table
 
 def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line)
+        print(shown(line))
+
+
+def shown(text: str) -> str:
+    """Returns a text without what a terminal would obey, in names of a file say."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -22,7 +29,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for column in table.columns:
         column.overflow = "fold"
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(shown(str(cell)) for cell in row))
     # Names are no markup, and a pipe has no width.
     width = None if sys.stdout and sys.stdout.isatty() else 160
     Console(markup=False, emoji=False, highlight=False, width=width).print(table)

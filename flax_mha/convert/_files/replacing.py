@@ -45,18 +45,19 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
         folder, lock = _make_folder(path)
     except OSError as error:  # by the name that the caller knows
         raise OSError(error.errno, error.strerror, str(given)) from error
-    new, written = folder / path.name, False
+    new, tidy = folder / path.name, False
     try:
         yield new
         for inside in [*new.rglob("*"), new]:
             _sync(inside)
         _put(new, path, overwrite)
         _sync(path.parent)
-        written = True
-    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not written:  # Orbax's threads may still write what was interrupted
+        tidy = True
+    finally:
+        if not tidy:  # and Orbax's threads may still write what was interrupted
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
