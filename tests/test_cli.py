@@ -87,16 +87,17 @@ def test_inspect_shows_heads_the_tree_in_flax_and_what_convert_asks(folder, caps
     assert "(3, heads, 8/heads, 8)   float32   2" in rows[weight]
     assert "(8, 5)" in rows["model/embed/kernel"]
     asked = out[out.index("convert asks:") :].splitlines()
-    assert asked[1].startswith("  the number of heads, which no tensor records")
+    first = "  model.layers.0.self_attn (embed_dim 8), model.layers.1.self_attn (embed_"
+    assert asked[1].replace("'", "").startswith(first)
     assert asked[1].endswith(r" --num-heads 'model\.layers\.\d+\.self_attn=N'")
     assert asked[2] == (
-        "  a Linear's or an Embedding's: model.embed.weight: "
+        "  model.embed.weight may be a Linear's or an Embedding's: "
         "--kind 'model\\.embed=embedding' or \"kernel\""
     )
     (folder / "config.json").write_text('{"num_attention_heads": 4}')
     out = run(capsys, "inspect", "model.safetensors")
     assert re.search(r"model\.layers\.0\.self_attn +torch +4 +8 ", out)
-    assert "(3, 4, 2, 8)" in out and "heads, which" not in out
+    assert "(3, 4, 2, 8)" in out and "number of heads" not in out
 
 
 def test_inspect_of_what_cannot_be_planned_says_so(folder, capsys):
@@ -299,9 +300,9 @@ ERRORS = {
     ),
     "no_num_heads": (
         ["convert", "model.safetensors", "out", *OPTIONS[2:]],
-        "state_dict must leave no doubt (say it), but the number of heads, which no "
-        "tensor records (there is no config.json): 'model.layers.0.self_attn' "
-        "(embed_dim 8), 'model.layers.1.self_attn' (embed_dim 8): "
+        "state_dict must leave no doubt (say it), but 'model.layers.0.self_attn' "
+        "(embed_dim 8), 'model.layers.1.self_attn' (embed_dim 8) must have a number of "
+        "heads, which no tensor records (there is no config.json): "
         r"--num-heads 'model\.layers\.\d+\.self_attn=N'",
     ),
     "num_heads_twice": (
@@ -318,8 +319,8 @@ ERRORS = {
     ),
     "empty": (
         ["convert", "empty.safetensors", "out"],
-        "but no elements, and Orbax writes no empty arrays (let OUT end in "
-        ".safetensors): extra.weight: --ignore 'extra\\.weight'",
+        "but extra.weight must have elements, as Orbax writes no empty arrays (let OUT "
+        "end in .safetensors): --ignore 'extra\\.weight'",
     ),
     "wrong_num_heads": (
         ["convert", "model.safetensors", "out", "--num-heads", "3"],
@@ -327,7 +328,7 @@ ERRORS = {
     ),
     "unclear": (
         ["convert", "model.safetensors", "out", "--num-heads", "2"],
-        "(say it), but a Linear's or an Embedding's: model.embed.weight: "
+        "(say it), but model.embed.weight may be a Linear's or an Embedding's: "
         "--kind 'model\\.embed=embedding' or \"kernel\"",
     ),
     "exists": (

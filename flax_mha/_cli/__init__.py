@@ -42,14 +42,21 @@ def program() -> None:
     """Runs the command line, and ends the process."""
     # When Orbax fails, TensorStore's threads go on, and find nobody to report to.
     sys.unraisablehook = lambda _: None
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(main())
+    terminated = []
 
+    def terminate(*_):  # as an interrupt does, so that nothing half-written stays
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        terminated.append(128 + signal.SIGTERM)
+        sys.exit(*terminated)
 
-def _terminate(*_) -> None:
-    """Ends as an interrupt does, so that nothing half-written stays."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # tidying is not terminated too
-    sys.exit(128 + signal.SIGTERM)
+    signal.signal(signal.SIGTERM, terminate)
+    code = 0
+    try:
+        code = main()
+    except BaseException:  # a library may have made another error of it
+        if not terminated:
+            raise
+    sys.exit(*terminated or [code])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -201,8 +201,8 @@ def _empty(conversion: "convert.Conversion") -> list[str]:
     empty = [key for e in conversion.entries if 0 in e.shape for key in e.keys]
     ignored = ", ".join(f'r"{re.escape(key)}"' for key in empty)
     return [
-        "no elements, and Orbax writes no empty arrays (let OUT end in .safetensors): "
-        f"{few(empty)}: ignore=[{ignored}]"
+        f"{few(empty)} must have elements, as Orbax writes no empty arrays (let OUT "
+        f"end in .safetensors): ignore=[{ignored}]"
     ] * bool(empty)
 
 

@@ -13,7 +13,7 @@ from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._draft import Draft, draft_tree
 from flax_mha.convert._entries import Entry
 from flax_mha.convert._find import find
-from flax_mha.convert._patterns import without_numbers
+from flax_mha.convert._questions import without_numbers
 
 
 def inspect(args: argparse.Namespace) -> int:

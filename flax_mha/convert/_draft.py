@@ -206,8 +206,8 @@ def _unseen(
             continue
         questions.append(
             Question(
-                f"may compute more than its tensors show ({what}); if its weights are "
-                "wanted without that",
+                f"may compute more than tensors show ({what}); to take the weights "
+                "without that",
                 repr(layer.prefix),
                 KINDS,
                 layer.prefix,

@@ -87,7 +87,9 @@ def kinds_of(
             for question in _of_look_alike(alike[key], tensors):
                 questions[question] = None
         elif key in buffers:
-            about = f"of attention layers that compute the same without {_OR_KEEP}"
+            about = (
+                f"may be left out, as attention computes the same without {_OR_KEEP}"
+            )
             questions[Question(about, key, IGNORE, key)] = None
         elif doubt := _doubt(key, tensors):
             questions[doubt] = None
@@ -106,7 +108,9 @@ def _of_look_alike(look_alike: LookAlike, tensors: Specs) -> list[Question]:
     linears = [key for key in keys if _is_weight(key) and len(tensors[key].shape) > 1]
     if not kinds and linears:
         kinds = {module_of(linears[0]): '"kernel"'}
-    about = f"of what only looks like attention ({look_alike.reason})"
+    about = (
+        f"can only be taken module by module, not as attention ({look_alike.reason})"
+    )
     return [
         Question(about, repr(look_alike.prefix), KINDS, module, (kind,))
         for module, kind in (kinds or {module_of(keys[0]): '"weight"'}).items()
@@ -148,28 +152,33 @@ def _possible(key: str, spec: Spec) -> tuple[str, ...]:
 def _doubt(key: str, tensors: Specs) -> Question | None:
     """Asks what a tensor is if nobody can tell; shapes often do."""
     if any(p.startswith("lora_") or p == "base_layer" for p in key.split(".")):
-        about = "of LoRA that is not merged (merge_and_unload() in peft, save again)"
+        about = (
+            "may be LoRA that is not merged (merge_and_unload() in peft, save again)"
+        )
         return Question(about, key, IGNORE, key)
     if key.rpartition(".")[2] in _BUFFERS:
-        about = f"not parameters, but BatchNorm's {_OR_KEEP}"
+        about = f"may be BatchNorm's statistics, which are no parameters {_OR_KEEP}"
         return Question(about, key, IGNORE, key)
     dtype = tensors[key].dtype
     if not is_floating(dtype) and dtype.kind != "c":
-        about = f"of integers or truth values {_OR_KEEP}"
+        about = f"may be no parameters, as integers or truth values {_OR_KEEP}"
         return Question(about, key, IGNORE, key)
     if not _is_weight(key):
         return None
     module, shape = module_of(key), tensors[key].shape
     if not _fits_bias(key, tensors):
-        about = "not stored as a Linear's or Conv's with that bias"
+        about = "cannot be a Linear's or Conv's weight beside that bias"
         return Question(about, key, KINDS, module, ('"weight"',))
     if len(shape) == 2 and _bias(key) not in tensors:
-        about, answers = "a Linear's or an Embedding's", ['"kernel"', '"embedding"']
+        about, answers = (
+            "may be a Linear's or an Embedding's",
+            ['"kernel"', '"embedding"'],
+        )
         likely = -1 if "emb" in key else 1
         return Question(about, key, KINDS, module, tuple(answers[::likely]))
     # A Conv1d has shapes as a Bilinear, and a Conv2d may have those of a LayerNorm2d.
     if len(shape) == 3 or (len(shape) > 3 and math.prod(shape) == shape[1]):
-        about = "a Conv's, a Bilinear's or a LayerNorm2d's"
+        about = "may be a Conv's, a Bilinear's or a LayerNorm2d's"
         return Question(about, key, KINDS, module, ('"kernel"', '"weight"'))
     return None
 

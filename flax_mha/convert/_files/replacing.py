@@ -41,12 +41,10 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     _remove_left_behind(path)
     if path.exists():
         _check_replaceable(given, overwrite)
+    folder = path.with_name(f"{_start(path)}{uuid.uuid4().hex[:8]}.tmp")
+    new, lock, tidy = folder / path.name, None, False
     try:
-        folder, lock = _make_folder(path)
-    except OSError as error:  # by the name that the caller knows
-        raise OSError(error.errno, error.strerror, str(given)) from error
-    new, tidy = folder / path.name, False
-    try:
+        lock = _make_folder(folder, given)
         yield new
         for inside in [*new.rglob("*"), new]:
             _sync(inside)
@@ -58,7 +56,8 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
         if not tidy:  # and Orbax's threads may still write what was interrupted
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _check_replaceable(path: pathlib.Path, overwrite: bool) -> None:
@@ -114,16 +113,18 @@ def _start(path: pathlib.Path) -> str:
     return "." + os.fsencode(path.name)[:200].decode(errors="ignore") + "."
 
 
-def _make_folder(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Returns a new folder, and what has it locked while this process lives."""
+def _make_folder(folder: pathlib.Path, path: pathlib.Path) -> int:
+    """Makes it, and returns what has it locked while this process lives."""
     while True:
-        folder = path.with_name(f"{_start(path)}{uuid.uuid4().hex[:8]}.tmp")
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except OSError as error:  # by the name that the caller knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         lock = os.open(folder, os.O_RDONLY)
         with contextlib.suppress(OSError):  # where it cannot be, others cannot either
             fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():  # else somebody took it for left behind
-            return folder, lock
+            return lock
         os.close(lock)
 
 

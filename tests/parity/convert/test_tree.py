@@ -349,14 +349,14 @@ WRONG = {
     "no_heads": (
         dict(state_dict=BELOW),
         ValueError,
-        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
-        "config.json): 'a' (embed_dim 6): num_heads={r\"a\": N}",
+        f"{DOUBT}\n  'a' (embed_dim 6) must have a number of heads, which no tensor "
+        'records (there is no config.json): num_heads={r"a": N}',
     ),
     "no_heads_of_the_whole": (
         dict(state_dict=LAYER),
         ValueError,
-        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
-        "config.json): '' (embed_dim 6): num_heads=N",
+        f"{DOUBT}\n  '' (embed_dim 6) must have a number of heads, which no tensor "
+        "records (there is no config.json): num_heads=N",
     ),
     "heads_of_others": (
         dict(state_dict=BELOW, num_heads={"b": 3}),
@@ -390,13 +390,14 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  the number of heads, which no tensor records (there is no config.json): 'a' "
-        '(embed_dim 6): num_heads={r"a": N}\n'
-        "  of what only looks like attention (gate.weight: a gate, which "
-        'MultiheadAttention has not): \'b\': kinds={r"b\\.qkv": "kernel"}\n'
-        "  a Linear's or an Embedding's: b.gate.weight, head.weight: "
+        "  'a' (embed_dim 6) must have a number of heads, which no tensor records "
+        '(there is no config.json): num_heads={r"a": N}\n'
+        "  'b' can only be taken module by module, not as attention (gate.weight: a "
+        'gate, which MultiheadAttention has not): kinds={r"b\\.qkv": "kernel"}\n'
+        "  b.gate.weight, head.weight may be a Linear's or an Embedding's: "
         'kinds={r"b\\.gate": "kernel", r"head": "kernel"} or "embedding"\n'
-        f'  of integers or truth values {KEEP}: ids: ignore=[r"ids"]',
+        f"  ids may be no parameters, as integers or truth values {KEEP}: "
+        'ignore=[r"ids"]',
     ),
     "heads_do_not_divide": (
         dict(state_dict=BELOW, num_heads=4),
@@ -469,18 +470,18 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Linear's or an Embedding's: l.weight: "
+        "  l.weight may be a Linear's or an Embedding's: "
         'kinds={r"l": "kernel"} or "embedding"\n'
-        "  not stored as a Linear's or Conv's with that bias: transposed.weight: "
+        "  transposed.weight cannot be a Linear's or Conv's weight beside that bias: "
         'kinds={r"transposed": "weight"}\n'
-        f"  not parameters, but BatchNorm's {KEEP}: bn.running_mean: "
-        r'ignore=[r"bn\.running_mean"]',
+        "  bn.running_mean may be BatchNorm's statistics, which are no parameters "
+        rf'{KEEP}: ignore=[r"bn\.running_mean"]',
     ),
     "integers": (
         dict(state_dict={"position_ids": np.arange(3), "seen": np.array(True)}),
         ValueError,
-        f"{DOUBT}\n  of integers or truth values {KEEP}: position_ids, seen: "
-        'ignore=[r"position_ids", r"seen"]',
+        f"{DOUBT}\n  position_ids, seen may be no parameters, as integers or truth "
+        f'values {KEEP}: ignore=[r"position_ids", r"seen"]',
     ),
     "three_axes_and_norms": (
         dict(
@@ -494,10 +495,11 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight, norm2d.weight: "
-        'kinds={r"bilinear": "kernel", r"norm2d": "kernel"} or "weight"\n'
-        "  not stored as a Linear's or Conv's with that bias: "
-        'grouped_transpose.weight: kinds={r"grouped_transpose": "weight"}',
+        "  bilinear.weight, norm2d.weight may be a Conv's, a Bilinear's or a "
+        'LayerNorm2d\'s: kinds={r"bilinear": "kernel", r"norm2d": "kernel"} or '
+        '"weight"\n'
+        "  grouped_transpose.weight cannot be a Linear's or Conv's weight beside that "
+        'bias: kinds={r"grouped_transpose": "weight"}',
     ),
     "kernel_of_gpt2": (
         dict(
