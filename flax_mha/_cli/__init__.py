@@ -56,7 +56,7 @@ def program() -> None:
     except BaseException:  # a library may have made another error of it
         if not terminated:
             raise
-    sys.exit(*terminated or [code])
+    sys.exit(terminated[0] if terminated else code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

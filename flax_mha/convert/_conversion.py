@@ -26,12 +26,14 @@ class ConvertedLayer:
         prefix: Its name in the state_dict.
         path: Of its parameters, "encoder/layers_0/self_attn"; "" if they are the tree.
         num_heads: Number of heads.
+        family: How it is stored there, as in `AttentionLayer`.
         index: Which one it is of layers that are stacked at this path, or None.
     """
 
     prefix: str
     path: str
     num_heads: int
+    family: str = "torch"
     index: int | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax_mha.convert import _parts, _questions, _strict
 from flax_mha.convert._arrays import Spec, check_computable, few, numpy_dtype, specs
-from flax_mha.convert._config import other_rows, unseen_in
+from flax_mha.convert._config import config_of, unseen_in
 from flax_mha.convert._conversion import Conversion, ConvertedLayer
 from flax_mha.convert._entries import Entry, flatten
 from flax_mha.convert._find import AttentionLayer, LookAlike, find
@@ -73,12 +73,10 @@ def draft_tree(
     names = Names(tensors, prefix, rename or {}, stack)
     wanted = None if target is None else _target_specs(target)
     if config is None:
-        config = getattr(state_dict, "config", None)
+        config = config_of(state_dict)
 
     # In all that there is: what is ignored still says what its neighbours are.
-    found = [
-        _as_configured(one, config or {}) for one in find(known) if _is_in(one, tensors)
-    ]
+    found = [one for one in find(known, config) if _is_in(one, tensors)]
     modules, taken = _split(kinds or {})
     accepted = _accepted(found, taken)
     chosen = chosen_kinds(tensors, modules)
@@ -174,17 +172,6 @@ def _sorted_out(
             reason = f"without {few(gone, 2)}, which is ignored or not below prefix"
             look_alikes.append(LookAlike(one.prefix, keys, reason))
     return layers, look_alikes
-
-
-def _as_configured(
-    found: AttentionLayer | LookAlike, config: Mapping[str, Any]
-) -> AttentionLayer | LookAlike:
-    said = other_rows(config, getattr(found, "family", ""))
-    if isinstance(found, LookAlike) or said is None:
-        return found
-    keys = tuple(key for keys in found.keys.values() for key in keys)
-    why = f"config.json says {said}, as GPTBigCode's: its rows go head after head"
-    return LookAlike(found.prefix, keys, why)
 
 
 def _unseen(

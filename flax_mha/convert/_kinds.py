@@ -1,6 +1,7 @@
 """What kind of parameter each tensor is, and so how its axes go."""
 
 import math
+import re
 from collections.abc import Container, Iterable, Mapping
 
 from flax_mha.convert._arrays import Spec, is_floating
@@ -15,6 +16,11 @@ Specs = Mapping[str, Spec]
 ATTENTION = "attention"
 # What BatchNorm stores beside its parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# Modules that are mostly Embeddings, by what nearly all of transformers' are called.
+_EMBEDDING = re.compile(
+    r"(?!.*(proj|linear|dense|patch)[^.]*$)"
+    r"(.*\.)?(\w*emb\w*(\.\w+)?|wte|wpe|shared|\w*tokens?|\w*codebook|\w*attention_bias)"
+)
 _OR_KEEP = '(kinds "weight" keeps them)'
 
 
@@ -174,7 +180,7 @@ def _doubt(key: str, tensors: Specs) -> Question | None:
             "may be a Linear's or an Embedding's",
             ['"kernel"', '"embedding"'],
         )
-        likely = -1 if "emb" in key else 1
+        likely = -1 if _EMBEDDING.fullmatch(module) else 1
         return Question(about, key, KINDS, module, tuple(answers[::likely]))
     # A Conv1d has shapes as a Bilinear, and a Conv2d may have those of a LayerNorm2d.
     if len(shape) == 3 or (len(shape) > 3 and math.prod(shape) == shape[1]):

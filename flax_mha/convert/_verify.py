@@ -12,7 +12,7 @@ from flax_mha.convert._arrays import as_numpy, specs
 from flax_mha.convert._conversion import Conversion, ConvertedLayer
 from flax_mha.convert._entries import flatten
 from flax_mha.convert._families import FAMILIES
-from flax_mha.convert._find import AttentionLayer, find_layers
+from flax_mha.convert._find import AttentionLayer, layers_of
 from flax_mha.convert._heads import Heads
 from flax_mha.convert._tree import plan_tree
 
@@ -84,8 +84,10 @@ def verify(
     conversion.check(state_dict)
     back = conversion.state_dict(params, all_biases=True)
     known = specs(state_dict)
-    layers = find_layers({key: known[key] for key in back if key in known})
-    found = {layer.prefix: layer for layer in layers}
+    found = layers_of(
+        {key: known[key] for key in back if key in known},
+        {layer.prefix: layer.family for layer in conversion.layers},
+    )
     by_prefix = _reports(conversion.layers, found, state_dict, flatten(params), seed)
     reports = [by_prefix[place.prefix] for place in conversion.layers]
     wrong_layers = [
@@ -182,7 +184,7 @@ def _as_torch(
 ) -> dict[str, np.ndarray]:
     """Returns the state_dict's tensors as `torch.nn.MultiheadAttention` has them.
 
-    By the layout of the layer's family, whatever the conversion says.
+    By the layout of the layer's family, whatever the conversion does.
     """
     family = FAMILIES[layer.family]
     tensors = {}

@@ -1,0 +1,50 @@
+"""Positions that are beside attention layers, where nothing in these shows them."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from flax_mha.convert._arrays import Spec
+from flax_mha.convert._layers import AttentionLayer, LookAlike
+
+# What modules beside attention layers are called that add to all of these.
+_BESIDE = re.compile(
+    r"(?:^|[._])(rope|rotary|inv_freq|freqs_cis|alibi|rel_pos|rel\w*_bias|relative_pos"
+    r"|rel_emb)"
+)
+# Likewise, if they have other features than the layer: those of a head.
+_OF_HEADS = re.compile(r"(?:^|\.)(embed_positions|positional_encoder)\.")
+
+
+def with_positions(
+    found: Iterable[AttentionLayer | LookAlike], tensors: Mapping[str, Spec]
+) -> list[AttentionLayer | LookAlike]:
+    """Returns them with such positions as what is unseen in them."""
+    beside: dict[str, list[str]] = {}  # by the prefix of all that they may be for
+    for name in tensors:
+        if match := _BESIDE.search(name) or _OF_HEADS.search(name):
+            prefix = name[: max(name.rfind(".", 0, match.start(1)), 0)]
+            beside.setdefault(prefix, []).append(name)
+    return [_with_positions(one, beside, tensors) for one in found]
+
+
+def _with_positions(
+    one: AttentionLayer | LookAlike,
+    beside: Mapping[str, list[str]],
+    tensors: Mapping[str, Spec],
+) -> AttentionLayer | LookAlike:
+    if not beside or isinstance(one, LookAlike) or one.unseen:
+        return one
+    for prefix in (one.prefix, *ancestors(one.prefix)):
+        for name in beside.get(prefix, ()):
+            if _BESIDE.search(name) or one.embed_dim not in tensors[name].shape:
+                return dataclasses.replace(one, unseen=f"positions: there is {name}")
+    return one
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """Yields the prefixes of a name, beginning with none."""
+    yield ""
+    for at, letter in enumerate(name):
+        if letter == ".":
+            yield name[:at]
