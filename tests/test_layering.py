@@ -31,6 +31,7 @@ LAYERS = [
     ["_attention"],
     ["linen", "nnx", "functional"],
     ["convert._arrays", "convert._families", "convert._layers", "convert._model"],
+    ["convert._rows"],
     ["convert._config", "convert._positions"],
     ["convert._strict", "convert._rules", "convert._files.folders"],
     ["convert._files.replacing"],

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from flax_mha import convert
 from flax_mha._cli._messages import message
 from flax_mha._cli._tables import print_lines, print_table
-from flax_mha.convert._arrays import few, specs
+from flax_mha.convert._arrays import Spec, few, specs
 from flax_mha.convert._draft import draft_tree
 
 
@@ -57,11 +57,16 @@ def convert_(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Run each attention layer of both on random inputs, and compare the numbers."""
     checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
-    params, conversion = _load_converted(args.out)
-    try:
-        reports = convert.verify(checkpoint, params, conversion=conversion)
-    except ValueError as error:  # what differs, listed
-        print_lines(message(error).splitlines())
+    reports, differences = [], []
+    with _progress() as progress:
+        params, conversion = _load_converted(args.out, progress)
+        watched = _Watched(checkpoint, progress, "comparing")
+        try:
+            reports = convert.verify(watched, params, conversion=conversion)
+        except ValueError as error:
+            differences = message(error).splitlines()
+    if differences:
+        print_lines(differences)
         print_lines(
             note for note in map(message, checkpoint.notes) if "--wrapper" in note
         )
@@ -87,10 +92,10 @@ def verify(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write converted parameters, changed since or not, back for PyTorch."""
-    params, conversion = _load_converted(args.out)
-    state_dict = conversion.state_dict(params, all_biases=args.all_biases)
     _check_apart(args.file, args.out)
     with _progress() as progress:
+        params, conversion = _load_converted(args.out, progress)
+        state_dict = conversion.state_dict(params, all_biases=args.all_biases)
         watched = _Watched(state_dict, progress, "writing")
         convert.save_safetensors(args.file, watched, overwrite=args.overwrite)
     print_lines([f"wrote {args.file}: {len(state_dict)} tensors by PyTorch's names"])
@@ -109,10 +114,11 @@ def diff(args: argparse.Namespace) -> int:
     left, right = _state_dict(args.a), _state_dict(args.b)
     names = sorted(left.keys() | right.keys())
     rows = []
-    for name in names:
-        difference = _difference(left.get(name), right.get(name))
-        if difference:
-            rows.append([name, difference])
+    with _progress() as progress:
+        for name in progress.track(names, description="comparing"):
+            difference = _difference(left.get(name), right.get(name))
+            if difference:
+                rows.append([name, difference])
     print_table(["name", "difference"], rows)
     print_lines([f"{len(names) - len(rows)} tensors are equal, {len(rows)} are not"])
     return 1 if rows else 0
@@ -139,8 +145,12 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
         return conversion.state_dict(params, all_biases=True)
 
 
-def _load_converted(path: Path) -> tuple[dict[str, Any], "convert.Conversion"]:
+def _load_converted(
+    path: Path, progress: Progress
+) -> tuple[dict[str, Any], "convert.Conversion"]:
+    loading = progress.add_task("loading", total=None)
     params, conversion = convert.load_params(path)
+    progress.remove_task(loading)
     if conversion is None:
         raise ValueError(
             f"{str(path)!r} must be what `flax-mha convert` wrote, got parameters "
@@ -206,24 +216,29 @@ def _empty(conversion: "convert.Conversion") -> list[str]:
     ] * bool(empty)
 
 
+def _bytes(spec: Spec) -> int:
+    return spec.size * spec.dtype.itemsize
+
+
 def _progress() -> Progress:
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Watched(Mapping[str, np.ndarray]):
-    """A state_dict that moves a progress bar by each tensor that is read from it."""
+    """A state_dict that moves a progress bar when a tensor is first read from it."""
 
     def __init__(
         self, state_dict: Mapping[str, np.ndarray], progress: Progress, what: str
     ):
         self.state_dict, self.progress = state_dict, progress
         self.specs = specs(state_dict)  # so that nobody reads a tensor for its shape
-        self.task = progress.add_task(what, total=len(state_dict))
+        self.left = {name: _bytes(spec) for name, spec in self.specs.items()}
+        self.task = progress.add_task(what, total=sum(self.left.values()))
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self.state_dict[name]
-        self.progress.advance(self.task)
+        self.progress.advance(self.task, self.left.pop(name, 0))
         return array
 
     def __iter__(self) -> Iterator[str]:

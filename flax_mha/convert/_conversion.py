@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from flax_mha.convert import _strict
 from flax_mha.convert._arrays import Spec, specs
 from flax_mha.convert._entries import Axes, Entry, StateDict
 from flax_mha.convert._entries import flatten as flatten
+from flax_mha.convert._rows import aligned, merged
 
 if TYPE_CHECKING:
     import jax
@@ -66,6 +67,18 @@ class Conversion:
                     f"num_heads of {layer.prefix!r} must be {heads.get(path)}, as that "
                     f"of {path}, got {layer.num_heads}"
                 )
+
+    def __repr__(self) -> str:
+        """A table; of what differs in numbers alone, one row."""
+        rows = [
+            (entry.path, _joined(entry.keys), entry.shape, entry.dtype)
+            for entry in self.entries
+        ]
+        titles = ["in Flax", "in PyTorch", "shape", "dtype", "number"]
+        table = aligned([titles, *merged(rows, names=2)])
+        counts = [len(self.entries), len(self.layers), len(self.ignored)]
+        said = "Conversion: {} parameters, {} attention layers, {} names ignored"
+        return f"{said.format(*counts)}\n{table}"
 
     def check(self, state_dict: Mapping[str, Any]) -> None:
         """Raises an error unless this state_dict is like the one planned for.
@@ -187,6 +200,14 @@ class Conversion:
                 f"text must be what Conversion.to_json returned, got {text[:60]!r}: "
                 f"{type(error).__name__} {error}."
             ) from error
+
+
+def _joined(keys: Iterable[str]) -> str:
+    """Returns names in one text, those of stacked layers once."""
+    rows = merged([key] for key in keys)
+    return ", ".join(
+        f"{count} {name}" if count != "1" else name for name, count in rows
+    )
 
 
 def _plain(value: Any) -> Any:

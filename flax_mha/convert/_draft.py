@@ -32,11 +32,15 @@ class Draft:
             heads is not known has one, and what is in doubt its likeliest kind.
         questions: A line for each, with what answers it in Python.
         unknown_heads: Paths of layers whose number of heads is not known.
+        doubtful: Paths of other parameters that are asked about.
+        found: Attention layers and what looks like them, of all that there is.
     """
 
     conversion: Conversion
     questions: list[str]
     unknown_heads: frozenset[str]
+    doubtful: frozenset[str]
+    found: list[AttentionLayer | LookAlike]
 
     def finished(self, *more: str) -> Conversion:
         """Returns the conversion.
@@ -76,7 +80,8 @@ def draft_tree(
         config = config_of(state_dict)
 
     # In all that there is: what is ignored still says what its neighbours are.
-    found = [one for one in find(known, config) if _is_in(one, tensors)]
+    everything = find(known, config)
+    found = [one for one in everything if _is_in(one, tensors)]
     modules, taken = _split(kinds or {})
     accepted = _accepted(found, taken)
     chosen = chosen_kinds(tensors, modules)
@@ -96,15 +101,18 @@ def draft_tree(
     names.check_all_used()
 
     entries = stacked(parts, names.sizes)
-    asked = _questions.lines(questions + doubts, _matched(tensors, layers))
+    asked = _questions.lines([*questions, *doubts], _matched(tensors, layers))
     if wanted is not None and not asked:
         _check_target(entries, wanted, look_alikes)
     position = {key: at for at, key in enumerate(tensors)}
     entries.sort(key=lambda entry: _first_position(entry, position))
+    in_doubt = {key for keys in doubts.values() for key in keys}
     return Draft(
         Conversion(tuple(entries), tuple(converted), tuple(ignored)),
         asked,
         frozenset(one.path for one in converted if one.prefix not in heads),
+        frozenset(one.path for one in entries if not in_doubt.isdisjoint(one.keys)),
+        everything,
     )
 
 

@@ -63,8 +63,8 @@ def kinds_of(
     target: Container[str] | None,
     look_alikes: Iterable[LookAlike],
     buffers: Container[str],
-) -> tuple[dict[str, str], list[Question]]:
-    """Returns the kind of each of these keys, and asks for those in doubt.
+) -> tuple[dict[str, str], dict[Question, list[str]]]:
+    """Returns the kind of each of these keys, and what to ask, with the keys in doubt.
 
     Args:
         keys: Those to tell the kind of.
@@ -75,7 +75,7 @@ def kinds_of(
         buffers: Keys without which an attention layer computes the same.
     """
     alike = {key: look_alike for look_alike in look_alikes for key in look_alike.keys}
-    questions: dict[Question, None] = {}
+    questions: dict[Question, list[str]] = {}
     kinds = {}
     for key in (key for key in tensors if key in keys):
         possible = _possible(key, tensors[key])
@@ -91,15 +91,17 @@ def kinds_of(
             kinds[key] = next(iter(fitting), possible[0])
         elif key in alike:
             for question in _of_look_alike(alike[key], tensors):
-                questions[question] = None
+                questions.setdefault(question, []).append(key)
         elif key in buffers:
             about = (
                 f"may be left out, as attention computes the same without {_OR_KEEP}"
             )
-            questions[Question(about, key, IGNORE, key)] = None
+            questions[Question(about, key, IGNORE, key)] = [key]
         elif doubt := _doubt(key, tensors):
-            questions[doubt] = None
-    return kinds, list(questions)
+            questions[doubt] = [key]
+            if doubt.argument == KINDS:
+                kinds[key] = doubt.answers[0].strip('"')
+    return kinds, questions
 
 
 def _of_look_alike(look_alike: LookAlike, tensors: Specs) -> list[Question]:
