@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from flax_mha import functional as functional
     from flax_mha import linen as linen
     from flax_mha import nnx as nnx
+    from flax_mha import sharding as sharding
     from flax_mha import training as training
     from flax_mha._cache import KeyValueCache as KeyValueCache
     from flax_mha._explain import Explanation as Explanation
@@ -24,6 +25,7 @@ __getattr__, __dir__ = lazy(
         "functional": (),
         "linen": ("MultiheadAttention",),
         "nnx": (),
+        "sharding": (),
         "training": (),
         "_cache": ("KeyValueCache",),
         "_explain": ("Explanation", "explain"),

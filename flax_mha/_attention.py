@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from flax_mha import _cached_sequences, _dispatch, _sequences
+from flax_mha import _cached_sequences, _dispatch, _mesh, _sequences
 from flax_mha._cache import KeyValueCache
 from flax_mha._call import Call
 from flax_mha._checks import arguments
@@ -131,7 +131,8 @@ def project_out(
     """Returns (batch, tgt, embed), in the dtype of what is attended to."""
     weight = _cast(weight, attended.dtype)
     bias = None if bias is None else _cast(bias, attended.dtype)
-    return _linear(attended, weight, bias, precision, axes=2)
+    out = _linear(attended, weight, bias, precision, axes=2)
+    return _mesh.constrained(out, ("batch", *[jax.P.UNCONSTRAINED] * 2))
 
 
 def _wanted_weights(need_weights: bool, average_attn_weights: bool) -> Weighting:
@@ -240,27 +241,41 @@ def _linear(
     """
     x, wide = jnp.asarray(x, weight.dtype), accumulation_dtype(weight.dtype)
     over = range(x.ndim - axes, x.ndim), range(weight.ndim - axes, weight.ndim)
+    heads = weight.ndim - (2 if axes == 2 else 3)
+    names = ["heads" if axis == heads else None for axis in range(weight.ndim)]
+    weight = _mesh.constrained(weight, names)
+    _, rows, features = division = _mesh.Division.of(x, weight, axes)
+    weight = division.put(weight, features, _mesh.explicit_spec(x)[-axes:])
     product = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=wide
     )
     tokens = x.shape[0] * x.shape[1]  # or symbolic, in an export
     if isinstance(tokens, int) and tokens <= _FEW_TOKENS and not _is_quantized():
         # XLA's CPU compiler transposes the second factor, of which there is less here.
-        out = product(weight, x, ((over[1], over[0]), ((), ())))
+        options = division.options(features, rows)
+        out = product(weight, x, ((over[1], over[0]), ((), ())), **options)
         out = jnp.moveaxis(out, (-2, -1), (0, 1))
     else:
-        out = product(x, weight, (over, ((), ())))
+        options = division.options(rows, features)
+        out = product(x, weight, (over, ((), ())), **options)
     if bias is not None:
-        out = out + bias.astype(wide)[None, None]
+        out = out + division.put(bias, features).astype(wide)[None, None]
     return out.astype(x.dtype)
 
 
 def _extra_columns(params: Params, add_zero_attn: bool) -> Extra | None:
     """Returns bias_k and bias_v, then zeros: keys and values that every query sees."""
-    _, *heads = params["out_proj.weight"].shape
-    dtype = params["out_proj.weight"].dtype
+    weight = params["out_proj.weight"]
+    _, *heads = weight.shape
+    by_heads = [(), *_mesh.explicit_spec(weight)[1:]]
+
+    def whole(column):
+        column = column.reshape(-1, *heads)
+        return _mesh.resharded(column, by_heads, _mesh.mesh_of(weight))
+
     biases = ("bias_k", "bias_v") if "bias_k" in params else ()
-    columns = [[params[name].reshape(-1, *heads)] for name in biases] or [[], []]
+    columns = [[whole(params[name])] for name in biases] or [[], []]
     if add_zero_attn:
-        columns = [[*parts, jnp.zeros((1, *heads), dtype)] for parts in columns]
+        zeros = whole(jnp.zeros((1, *heads), weight.dtype))
+        columns = [[*parts, zeros] for parts in columns]
     return Extra(*map(jnp.concatenate, columns)) if columns[0] else None

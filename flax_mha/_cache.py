@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_mha import _mesh
 from flax_mha._checks import arguments
 from flax_mha._checks import cache as checks
 from flax_mha._kernels._blocks import update_at
@@ -101,6 +102,7 @@ class KeyValueCache:
                 has to be room, too.
         """
         new = key.shape[1]
+        self = self._divided_as(key)
         # What lacks room is written somewhere else, into a sequence that is lost.
         is_lost = (self.position < 0) | (self.position + new > self.length)
         position = self.position + (new if lengths is None else lengths)
@@ -110,6 +112,13 @@ class KeyValueCache:
             values=_write(self.values, self._bits(value), self.position),
             position=jnp.where(is_lost, self.length + 1, position),
         )
+
+    def _divided_as(self, key: KeyHeads) -> "KeyValueCache":
+        """Returns the cache on the explicit mesh axes that divide what is appended."""
+        mesh = _mesh.mesh_of(key)
+        batch, _, heads, _ = _mesh.explicit_spec(key)
+        spec = [batch, heads, (), ()]
+        return jax.tree.map(lambda x: _mesh.resharded(x, spec[: x.ndim], mesh), self)
 
     def _bits(self, x: Array) -> Array:
         """Returns (batch, heads, new, dim) as it is stored."""

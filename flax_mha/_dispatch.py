@@ -17,13 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from flax_mha._call import Call
-from flax_mha._checks import arguments, layer
+from flax_mha._checks import arguments
 from flax_mha._heads_first import HeadsFirst
 from flax_mha._kernels import KERNELS, blockwise, reference
 from flax_mha._layouts import Padded, Ragged
 from flax_mha._lowering import Target, at_lowering, linear_at_lowering
 from flax_mha._mesh import varying, varying_axes
-from flax_mha._plan import Plan, is_whole
+from flax_mha._place import Place
+from flax_mha._plan import Options, Plan, is_whole
 from flax_mha._typing import (
     Array,
     MeanWeights,
@@ -61,19 +62,25 @@ def dot_product_attention(
     Raises:
         ValueError: The kernel named cannot run this call.
     """
-    layout = Padded() if layout is None else layout
     arguments.one_of("implementation", implementation, KERNELS)
-    if implementation == "reference":
-        attend = functools.partial(_by_definition, weights, precision)
+    layout = Padded() if layout is None else layout
+    place = Place.of(layout, call)
+    options = Options(weights, precision, implementation, place)
+    if place is None:
+        return _run(options, layout, call)
+    return place.attend(_run, options, layout, call)
+
+
+def _run(options: Options, layout: Any, call: Call) -> Any:
+    """Attends, inside `jax.shard_map` if there is a place."""
+    if options.implementation == "reference":
+        attend = functools.partial(_by_definition, options)
         with jax.named_scope("reference"):
-            out, _, found = layout.forward(attend, call)
-        return checkpoint_name(out, "context"), found
-    layer.no_explicit_sharding(query=call.query, key=call.key, value=call.value)
+            out, _, weights = layout.forward(attend, call)
+        return checkpoint_name(out, "context"), weights
     plan = Plan.of(
         jax.eval_shape(layout.padded, call),
-        weights=weights,
-        precision=precision,
-        implementation=implementation,
+        options,
         is_ragged=layout.is_ragged,
         unwise=layout.unwise(call),
     )
@@ -93,7 +100,8 @@ def _scaled(call: Call) -> Call:
     return call._replace(query=call.query * scale, scale=jnp.ones_like(scale))
 
 
-def _by_definition(weights: Weighting, precision: Precision, call: Call):
+def _by_definition(options: Options, call: Call):
+    weights, precision, *_ = options
     out, found = reference.attend(call, weights=weights, precision=precision)
     return out, None, found
 

@@ -8,11 +8,13 @@ integer operations that XLA fuses with the softmax.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from flax_mha._typing import Array, DType
+from flax_mha._typing import Array, ArrayLike, DType
 
 # Chris Wellons' "lowbias32" integer hash: https://github.com/skeeto/hash-prospector
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
@@ -26,6 +28,14 @@ def _mix(x: Array, between: Array | int = 0) -> Array:
     return x ^ (x >> 16)
 
 
+class Part(NamedTuple):
+    """Where a call begins in one that is divided among devices; int32."""
+
+    sequence: ArrayLike
+    head: ArrayLike
+    num_heads: ArrayLike  # of all
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
@@ -33,10 +43,38 @@ class Dropout:
 
     seed: Array  # (2,) uint32
     rate: float = dataclasses.field(metadata=dict(static=True))
+    part: Part | None = None  # None: all of it
 
     @classmethod
     def from_rng(cls, rng: Array, rate: float) -> "Dropout":
         return cls(seed=jax.random.bits(rng, (2,), jnp.uint32), rate=float(rate))
+
+    def rows(
+        self,
+        sequence: Array,
+        head: Array,
+        row: Array,
+        *,
+        num_heads: Any,
+        tgt_len: int,
+    ) -> Array:
+        """Returns the numbers of rows of the logits among all rows, uint32.
+
+        Args:
+            sequence, head, row: Where they are in (batch, num_heads, tgt_len) of the
+                call, int32; they broadcast.
+        """
+        if self.part is not None:
+            sequence, head = sequence + self.part.sequence, head + self.part.head
+            num_heads = self.part.num_heads
+        # In int32, as loops count; it is the same modulo 2**32.
+        return ((sequence * num_heads + head) * tgt_len + row).astype(jnp.uint32)
+
+    def all_rows(self, batch: int, num_heads: int, tgt_len: int) -> Array:
+        """Returns `rows` of all rows of a call, (batch, num_heads, tgt_len, 1)."""
+        shape = batch, num_heads, tgt_len, 1
+        places = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
+        return self.rows(*places, num_heads=num_heads, tgt_len=tgt_len)
 
     def factors(
         self, row: Array, columns: int, dtype: DType, first_column: Array | int = 0
@@ -55,14 +93,8 @@ class Dropout:
         # with chance 2**-64.
         first = _mix(row ^ self.seed[0])
         second = _mix(first + self.seed[1], self.seed[0])
-        column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+        column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
         column = column + jnp.asarray(first_column, jnp.uint32)
         bits = _mix(first + column * jnp.uint32(_GOLDEN_RATIO), second)
         keep = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(keep, jnp.asarray(1 / (1 - self.rate), dtype), 0)
-
-
-def row_numbers(batch: int, num_heads: int, tgt_len: int) -> Array:
-    """Returns the number of each row of the logits, (batch, heads, tgt, 1)."""
-    rows = jnp.arange(batch * num_heads * tgt_len, dtype=jnp.uint32)
-    return rows.reshape(batch, num_heads, tgt_len, 1)

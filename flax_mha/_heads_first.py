@@ -30,9 +30,12 @@ _Results = tuple[Array, Array | None, Array | None]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadsFirst:
-    """All keys of all sequences; methods as of `Padded`."""
+    """All keys of all sequences; attributes and methods as of `Padded`."""
 
     is_ragged: ClassVar[bool] = False
+    rows: ClassVar = Padded.rows
+    columns: ClassVar = ("batch", "heads", None, None)
+    own: ClassVar = ("batch",)
 
     def padded(self, call: Call) -> Call:
         return self._laid_out(call)

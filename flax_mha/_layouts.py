@@ -39,6 +39,10 @@ class Padded:
     """Sequences of one length, where masks say what is padding."""
 
     is_ragged: ClassVar[bool] = False
+    # Which axes of queries, of keys and of the layout's own arrays a mesh may divide.
+    rows: ClassVar = ("batch", None, "heads", None)
+    columns: ClassVar = rows
+    own: ClassVar = ()
 
     def padded(self, call: Call) -> Call:
         """Returns what kernels take: arrays with padding, keys followed by extra."""
@@ -97,6 +101,9 @@ class Ragged(Places):
     """The elements of `RaggedArray`s, end to end: (1, capacity, heads, dim)."""
 
     is_ragged: ClassVar[bool] = True
+    rows: ClassVar = (None, None, "heads", None)
+    columns: ClassVar = rows
+    own: ClassVar = ()
 
     @classmethod
     def of(cls, query: RaggedArray, key: RaggedArray) -> "Ragged":

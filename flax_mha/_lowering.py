@@ -133,6 +133,7 @@ def _define(primitive: Primitive) -> None:
         function = choose(Target(platform, partitioned))
         # `shapes` has said over which mesh axes the results vary inside
         # `jax.shard_map`; a Pallas kernel could not.
+        context = context.replace(avals_in=list(map(_untyped, context.avals_in)))
         with _unchecked():
             return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
 
@@ -264,6 +265,12 @@ def _unchecked() -> contextlib.AbstractContextManager:
 
     switch = getattr(config, "_check_vma", None)
     return contextlib.nullcontext() if switch is None else switch(False)
+
+
+def _untyped(aval: Any) -> Any:
+    """Returns the type of an array of which nothing is said of mesh axes."""
+    nothing = type(aval.manual_axis_type)()
+    return aval.update(manual_axis_type=nothing)
 
 
 def _is_partitioned(axis_context: Any) -> bool:

@@ -94,7 +94,9 @@ class TorchMasks(NamedTuple):
 
     # (batch, src), or (src,) without a batch, or a `RaggedArray` of one value for each.
     key_padding_mask: Any
-    attn_mask: ArrayLike | None  # (tgt, src) or (batch * num_heads, tgt, src)
+    # (tgt, src), (batch * num_heads, tgt, src), or, as PyTorch does not have it,
+    # (#batch, #num_heads, tgt, src), whose axes a mesh can divide.
+    attn_mask: ArrayLike | None
     is_causal: bool
     need_weights: bool
 
@@ -118,6 +120,8 @@ class TorchMasks(NamedTuple):
             masks.append(jnp.reshape(self.key_padding_mask, (batch, 1, 1, src_len)))
         if self.attn_mask is not None and self.attn_mask.ndim == 2:
             masks.append(jnp.asarray(self.attn_mask)[None, None])
+        elif self.attn_mask is not None and self.attn_mask.ndim == 4:
+            masks.append(jnp.asarray(self.attn_mask))
         elif self.attn_mask is not None:
             # PyTorch's rows run over the heads of a batch element: n * heads + h.
             shape = (batch, num_heads, *self.attn_mask.shape[1:])

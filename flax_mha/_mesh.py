@@ -1,11 +1,17 @@
-"""What JAX's types say of meshes, and placing arrays on one."""
+"""What JAX's types and Flax's rules say of meshes, and placing arrays on one."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+from flax.core import spmd
 from jax import lax
+
+NAMES = ("batch", "heads", "embed")  # that rules may divide
+
+Rules = Sequence[tuple[str, Any]]  # as Flax has them
+_Axes = tuple[str, ...]  # of a mesh
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
@@ -24,28 +30,120 @@ def varying(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(vary, tree)
 
 
+def mesh_of(x: Any) -> Any:
+    """Returns the mesh of `jax.set_mesh`, or of an array's type, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty else mesh
+
+
+class Division(NamedTuple):
+    """How a product of rows and features is divided over explicit axes."""
+
+    mesh: Any = None  # None: XLA decides, or there is nothing to divide
+    rows: list[_Axes] = []
+    features: list[_Axes] = []
+
+    @classmethod
+    def of(cls, x: jax.Array, weight: Any, contracted: int) -> "Division":
+        """Returns that of the product over so many last axes of both.
+
+        Rows are divided as in `x`. So are features as in the weight, but over axes that
+        divide `x`, as fully sharded parameters are: these are gathered.
+        """
+        mesh = mesh_of(x)
+        if mesh is None or not mesh.explicit_axes:
+            return cls()
+        used = set().union(*explicit_spec(x))
+        features = [
+            tuple(axis for axis in axes if axis not in used)
+            for axes in explicit_spec(weight)[:-contracted]
+        ]
+        return cls(mesh, explicit_spec(x)[:-contracted], features)
+
+    def options(self, *parts: list[_Axes]) -> dict[str, Any]:
+        """Returns `out_sharding` of a product whose result has these axes."""
+        if self.mesh is None:
+            return {}
+        spec = partition_spec(sum(parts, []))
+        return dict(out_sharding=jax.sharding.NamedSharding(self.mesh, spec))
+
+    def put(self, x: Any, *parts: list[_Axes]) -> Any:
+        """Returns an array that has these axes, divided so."""
+        return x if self.mesh is None else resharded(x, sum(parts, []), self.mesh)
+
+
+def is_mapped_over() -> bool:
+    """Whether this is inside a `vmap` that was told a mesh axis, `spmd_axis_name`."""
+    from jax._src import core  # it has no public name
+
+    get_axis_env = getattr(core, "get_axis_env", None)
+    return get_axis_env is not None and bool(get_axis_env().spmd_axis_names)
+
+
+def explicit_spec(x: Any) -> list[_Axes]:
+    """Returns the explicit mesh axes that divide each axis of an array."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return [as_tuple(axes) for axes in spec + (None,) * (x.ndim - len(spec))]
+
+
+def by_rules(name: str, size: Any, mesh: Any) -> tuple[_Axes, str | None]:
+    """Returns the Auto axes that divide an axis of an array; and why not, if these do.
+
+    Args:
+        name: Of the array's axis. Flax's rules give mesh axes for it, or it is itself
+            that of a mesh axis.
+        size: Of the array's axis.
+    """
+    axes = _axes_of(name, spmd.get_logical_axis_rules(), mesh.auto_axes)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if parts == 1:
+        return (), None
+    if not isinstance(size, int) or size % parts:
+        return (), f"{size} {name} do not divide by {parts}, the size of {axes}"
+    return axes, None
+
+
+def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
+    """Divides an array over Auto axes by rules, if there are any.
+
+    Args:
+        names: Of its axes. None: not divided. `UNCONSTRAINED`: as XLA decides.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), spmd.get_logical_axis_rules()
+    if mesh.empty or is_mapped_over():
+        return x
+    if not any(_axes_of(name, rules, mesh.auto_axes) for name in NAMES):
+        return x
+    spec = [
+        _entry(by_rules(name, size, mesh)[0]) if isinstance(name, str) else name
+        for name, size in zip(names, x.shape, strict=True)
+    ]
+    return lax.with_sharding_constraint(x, jax.P(*spec))
+
+
+def resharded(x: Any, spec: Sequence[_Axes], mesh: Any) -> Any:
+    """Divides an array over explicit axes, if the mesh has any."""
+    if mesh is None or not mesh.explicit_axes or list(spec) == explicit_spec(x):
+        return x
+    sharding = jax.sharding.NamedSharding(mesh, partition_spec(spec))
+    return jax.sharding.reshard(x, sharding)
+
+
 def place_by_names(
-    x: jax.Array, names: tuple[str, ...], rules: Mapping[str, Any]
+    x: jax.Array, names: tuple[str, ...], rules: Rules
 ) -> jax.Array:
     """Divides an array over the axes of `jax.set_mesh`'s mesh, if there is one.
 
     Args:
         names: Of the array's axes.
-        rules: From a name to a mesh axis, several, or None. A name without a rule is
-            that of a mesh axis, or of none.
+        rules: As of `spec_by_names`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = [_on_mesh(rules.get(name, name), mesh) for name in names]
-    for name, size, axes in zip(names, x.shape, spec, strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in axes)
-        if size % parts:
-            raise ValueError(
-                f"parameters have {size} {name}, which the size {parts} of mesh axes "
-                f"{axes} must divide, as these divide {name}: change num_heads or "
-                "embed_dim, the mesh, or the rules."
-            )
+    spec = spec_by_names(names, x.shape, rules, mesh)
     for kind, place in (
         (mesh.explicit_axes, jax.sharding.reshard),
         (mesh.auto_axes, lax.with_sharding_constraint),
@@ -56,6 +154,50 @@ def place_by_names(
     return x
 
 
-def _on_mesh(axes: Any, mesh: Any) -> tuple[str, ...]:
-    axes = (axes,) if isinstance(axes, str) or axes is None else axes
-    return tuple(axis for axis in axes if axis in mesh.shape)
+def spec_by_names(
+    names: Sequence[str], shape: Sequence[int], rules: Rules, mesh: Any
+) -> list[_Axes]:
+    """Returns the mesh axes that divide each axis of a parameter.
+
+    Args:
+        names: Of the parameter's axes.
+        rules: From a name to a mesh axis, several, or None. The first rule for a name
+            counts some of whose axes the mesh has, and these do. A name without a rule
+            is that of a mesh axis, or of none.
+
+    Raises:
+        ValueError: They do not divide it.
+    """
+    spec = [_axes_of(name, rules, mesh.axis_names) for name in names]
+    for name, size, axes in zip(names, shape, spec, strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            raise ValueError(
+                f"parameters have {size} {name}, which the size {parts} of mesh axes "
+                f"{axes} must divide, as these divide {name}: change num_heads or "
+                "embed_dim, the mesh, or the rules."
+            )
+    return spec
+
+
+def partition_spec(spec: Sequence[_Axes]) -> jax.P:
+    return jax.P(*map(_entry, spec))
+
+
+def _axes_of(name: str, rules: Rules, mesh_axes: Any) -> _Axes:
+    found = [axes for rule, axes in rules if rule == name]
+    on_mesh = [_on_mesh(axes, mesh_axes) for axes in found or [name]]
+    return next(filter(None, on_mesh), ())
+
+
+def _on_mesh(axes: Any, mesh_axes: Any) -> _Axes:
+    return tuple(axis for axis in as_tuple(axes) if axis in mesh_axes)
+
+
+def as_tuple(axes: Any) -> _Axes:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _entry(axes: _Axes) -> Any:
+    """Returns these as `PartitionSpec` has them."""
+    return None if not axes else axes[0] if len(axes) == 1 else axes

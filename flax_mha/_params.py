@@ -7,7 +7,8 @@ where a parameter is made: who only looks into a file needs none.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -143,3 +144,40 @@ def parameter_table(
             init=zeros,
         )
     return table
+
+
+def map_with_specs(
+    tree: Any,
+    function: Callable[[Any, ParamSpec | None], Any],
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """Maps each leaf of a whole model's parameters, and its row of the table or None.
+
+    Attention layers are known by the names and ranks of their parameters; they may be
+    stacked, with their axes in front. The sizes in the rows do not matter.
+    """
+    import jax
+
+    def each(path, leaf):
+        rank = len(getattr(leaf, "shape", ()))
+        return function(leaf, _spec(_name(path), rank))
+
+    return jax.tree.map_with_path(each, tree, is_leaf=is_leaf)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Returns PyTorch's name, of one or two keys."""
+    keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    if keys and keys[-1] == "value":  # of an nnx.Variable
+        keys.pop()
+    start = -2 if keys[-2:-1] == ["out_proj"] else -1
+    return ".".join(keys[start:])
+
+
+def _spec(name: str, rank: int) -> ParamSpec | None:
+    spec = _SPECS.get(name)
+    # "out_proj.weight" is a name that others use, too.
+    return spec if spec is not None and rank >= len(spec.axes) else None
+
+
+_SPECS = parameter_table(1, 1, packed=False, add_bias_kv=True) | parameter_table(1, 1)

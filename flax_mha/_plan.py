@@ -7,6 +7,7 @@ import jax
 from flax_mha._call import Call
 from flax_mha._kernels import KERNELS
 from flax_mha._lowering import Target
+from flax_mha._place import Place
 from flax_mha._typing import Precision, Weighting
 
 FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
@@ -20,6 +21,15 @@ class Reasons(NamedTuple):
     divided: str | None = None  # where XLA has to divide it among devices
 
 
+class Options(NamedTuple):
+    """What a caller says beside the arrays."""
+
+    weights: Weighting = None
+    precision: Precision = None
+    implementation: str | None = None
+    place: Place | None = None  # where each device attends its part
+
+
 class Plan(NamedTuple):
     """What was decided when a call was traced."""
 
@@ -29,22 +39,16 @@ class Plan(NamedTuple):
     implementation: str | None
     reasons: tuple[tuple[str, Reasons], ...]  # by kernel
     is_ragged: bool
+    place: Place | None
 
     @classmethod
     def of(
-        cls,
-        call: Call,
-        *,
-        weights: Weighting,
-        precision: Precision,
-        implementation: str | None,
-        is_ragged: bool,
-        unwise: str | None,
+        cls, call: Call, options: Options, *, is_ragged: bool, unwise: str | None
     ) -> "Plan":
         """Plans from shapes and dtypes.
 
         Args:
-            call: With padding.
+            call: With padding; one device's part, if there is a place.
             unwise: Why no kernel should run on these arrays, unless it is named.
 
         Raises:
@@ -61,6 +65,7 @@ class Plan(NamedTuple):
             unnamed = kernel.unwise(call) or unwise
             return Reasons(None, unnamed, kernel.indivisible(call))
 
+        weights, precision, implementation, place = options
         if precision is None:  # kernels are traced later, outside of this context
             precision = jax.config.jax_default_matmul_precision  # pyright: ignore
         plan = cls(
@@ -70,6 +75,7 @@ class Plan(NamedTuple):
             implementation=implementation,
             reasons=tuple((name, reasons(KERNELS[name])) for name in FUSED.values()),
             is_ragged=is_ragged,
+            place=place,
         )
         for platform, name in FUSED.items():
             if name == implementation:  # raises what can be known now

@@ -223,7 +223,7 @@ class PaddedHeads:
 
         def four_axes(x):
             if self.enable_gqa and x.shape[-3] < heads:
-                x = jnp.repeat(x, heads // x.shape[-3], axis=-3)
+                x = _repeated(x, heads // x.shape[-3], axis=x.ndim - 3)
             x = jnp.broadcast_to(jnp.asarray(x, dtype), (*self.leading, *x.shape[-2:]))
             x = x.reshape(math.prod(outer), heads, *x.shape[-2:])
             return x.swapaxes(1, 2)
@@ -262,7 +262,7 @@ class RaggedHeads:
         def all_heads(x):
             x = jnp.asarray(read(x), dtype)
             if self.enable_gqa:
-                x = jnp.repeat(x, self.num_heads // x.shape[1], axis=1)
+                x = _repeated(x, self.num_heads // x.shape[1], axis=1)
             return jnp.broadcast_to(x, (x.shape[0], self.num_heads, x.shape[2]))[None]
 
         return each(all_heads, inputs)
@@ -294,6 +294,13 @@ def reader(
     """
     is_right = query.fits & key.fits & key.has_offsets_of(like_key)
     return lambda x: nan_unless(is_right, x.only_tokens().values)
+
+
+def _repeated(x: Array, times: int, axis: int) -> Array:
+    """As `jnp.repeat`, which cannot where explicit mesh axes divide the axis."""
+    before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, size, times, *after))
+    return x.reshape(*before, size * times, *after)
 
 
 def _with_padding(x: Any) -> Any:

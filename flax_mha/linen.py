@@ -142,8 +142,9 @@ class MultiheadAttention(nn.Module):
             need_weights: Also return the attention weights. Under `jit`, weights that
                 are not used cost nothing.
             attn_mask: (tgt_len, src_len), or (batch * num_heads, tgt_len, src_len)
-                with the heads of one batch element together. Boolean: **True may not
-                attend**. Float: added to the logits.
+                with the heads of one batch element together, or, what PyTorch does not
+                take, (batch or 1, num_heads or 1, tgt_len, src_len). Boolean: **True
+                may not attend**. Float: added to the logits.
             average_attn_weights: Average the returned weights over heads.
             is_causal: Without `attn_mask`, apply the causal mask. With it, a hint that
                 `attn_mask` is the causal mask: as in PyTorch, it replaces `attn_mask`

@@ -330,13 +330,13 @@ def _param(
         value = jax.device_put(value, device)
     if "out_sharding" in metadata:
         return nnx.Param(value, **metadata)
-    rules = _UNDIVIDED | dict(metadata.get("sharding_rules") or ())
+    rules = (*(metadata.get("sharding_rules") or ()), *_UNDIVIDED)
     if device is None and nnx.using_eager_sharding():
-        value = place_by_names(value, axes, dict(nn.get_logical_axis_rules()) | rules)
+        value = place_by_names(value, axes, (*rules, *nn.get_logical_axis_rules()))
     defaults = dict(out_sharding=axes, eager_sharding=False)
-    metadata = {**defaults, **metadata, "sharding_rules": tuple(rules.items())}
+    metadata = {**defaults, **metadata, "sharding_rules": rules}
     return nnx.Param(value, **metadata)
 
 
 # Rules for names that nobody has a rule for, as nnx wants one for every name.
-_UNDIVIDED = {"qkv": None, "head_dim": None}
+_UNDIVIDED = (("qkv", None), ("head_dim", None))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from flax_mha._params import ParamSpec, parameter_table
+from flax_mha._params import ParamSpec, map_with_specs
 
 if TYPE_CHECKING:
     import optax
@@ -25,9 +25,6 @@ __all__ = [
     "to_torch_shapes",
 ]
 
-# All rows that there are; the sizes do not matter.
-_SPECS = parameter_table(1, 1, packed=False, add_bias_kv=True) | parameter_table(1, 1)
-
 
 def to_torch_shapes(tree: Any) -> Any:
     """Returns the tree with attention layers' parameters in PyTorch's shapes.
@@ -35,7 +32,7 @@ def to_torch_shapes(tree: Any) -> Any:
     Args:
         tree: Of arrays or `jax.ShapeDtypeStruct`s.
     """
-    return _map(tree, lambda x, spec: x if spec is None else _reshaped(x, spec))
+    return map_with_specs(tree, lambda x, spec: x if spec is None else _reshaped(x, spec))
 
 
 def from_torch_shapes(tree: Any, like: Any) -> Any:
@@ -94,7 +91,7 @@ def decay_mask(params: Any) -> Any:
     Args:
         params: A tree of arrays; the function itself can be `mask` of `optax.adamw`.
     """
-    return _map(params, lambda x, spec: _torch_rank(x, spec) > 1)
+    return map_with_specs(params, lambda x, spec: _torch_rank(x, spec) > 1)
 
 
 def muon_dimension_numbers(params: Any) -> Any:
@@ -124,31 +121,7 @@ def muon_dimension_numbers(params: Any) -> Any:
             ),
         )
 
-    return _map(params, numbers)
-
-
-def _map(tree: Any, function: Any) -> Any:
-    """Maps (leaf, its row of the table or None)."""
-
-    def each(path, leaf):
-        return function(leaf, _spec(_name(path), len(leaf.shape)))
-
-    return jax.tree.map_with_path(each, tree)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """Returns PyTorch's name, of one or two keys."""
-    keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    if keys and keys[-1] == "value":  # of an nnx.Variable
-        keys.pop()
-    start = -2 if keys[-2:-1] == ["out_proj"] else -1
-    return ".".join(keys[start:])
-
-
-def _spec(name: str, rank: int) -> ParamSpec | None:
-    spec = _SPECS.get(name)
-    # "out_proj.weight" is a name that others use, too.
-    return spec if spec is not None and rank >= len(spec.axes) else None
+    return map_with_specs(params, numbers)
 
 
 def _inputs(spec: ParamSpec) -> range:

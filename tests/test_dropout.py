@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mha._dropout import Dropout, row_numbers
+from flax_mha._dropout import Dropout
 
 SHAPE = (4, 8, 256, 256)  # 2 million elements
 SIZE = np.prod(SHAPE)
@@ -17,7 +17,7 @@ SIGMAS = 5
 def dropped(rate, seed=0):
     """Returns 1.0 where an element is dropped, (batch, heads, tgt, src)."""
     dropout = Dropout.from_rng(jax.random.key(seed), rate)
-    factors = dropout.factors(row_numbers(*SHAPE[:3]), SHAPE[3], jnp.float64)
+    factors = dropout.factors(dropout.all_rows(*SHAPE[:3]), SHAPE[3], jnp.float64)
     assert set(np.unique(factors)) == {0.0, 1 / (1 - rate)}
     return np.asarray(factors == 0, np.float64)
 
@@ -64,7 +64,7 @@ def test_keys_are_independent_of_each_other():
 
 def test_rate_1_drops_everything_and_nan_stays_nan():
     dropout = Dropout.from_rng(jax.random.key(0), 1.0)
-    factors = dropout.factors(row_numbers(1, 1, 3), 4, jnp.float64)
+    factors = dropout.factors(dropout.all_rows(1, 1, 3), 4, jnp.float64)
     assert not factors.any()
     assert np.isnan(np.nan * factors).all()
 

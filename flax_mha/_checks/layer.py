@@ -2,10 +2,8 @@
 
 import operator
 
-import jax
-
 from flax_mha._checks import arguments
-from flax_mha._typing import Array, ArrayLike
+from flax_mha._typing import ArrayLike
 
 _FEATURES = ("embed_dim", "kdim", "vdim")
 
@@ -116,10 +114,10 @@ def ranks(
             f"key_padding_mask must be {query.ndim - 1}-D, as {kind} query wants; "
             f"got {key_padding_mask.ndim}-D of shape {key_padding_mask.shape}."
         )
-    if attn_mask is not None and attn_mask.ndim not in (2, 3):
+    if attn_mask is not None and attn_mask.ndim not in (2, 3, 4):
         raise ValueError(
-            "attn_mask must be 2-D, (tgt_len, src_len), or 3-D, "
-            "(batch * num_heads, tgt_len, src_len); "
+            "attn_mask must be 2-D, (tgt_len, src_len), 3-D, (batch * num_heads, "
+            "tgt_len, src_len), or 4-D, (batch, num_heads, tgt_len, src_len); "
             f"got {attn_mask.ndim}-D of shape {attn_mask.shape}."
         )
 
@@ -174,6 +172,12 @@ def mask_shapes(
         elif attn_mask.ndim == 3 and batch is not None:
             words = "(batch * num_heads, tgt_len, src_len)"
             shape = (batch * num_heads, *shape)
+        elif attn_mask.ndim == 4:
+            words = "(batch or 1, num_heads or 1, tgt_len, src_len)"
+            shape = (1 if batch is None else batch, num_heads, *shape)
+            pairs = zip(attn_mask.shape[:2], shape, strict=False)
+            lead = [1 if size == 1 else full for size, full in pairs]
+            shape = (*lead, *shape[2:])
         if attn_mask.shape != shape:
             raise ValueError(
                 f"a {attn_mask.ndim}-D attn_mask must have shape {words} = {shape}, "
@@ -217,19 +221,6 @@ def static_heads(
             f"and {lengths[1]} values."
         )
     return lengths[0]
-
-
-def no_explicit_sharding(**arrays: Array) -> None:
-    """Checks that no array is divided over axes that JAX wants spelled out."""
-    for name, array in arrays.items():
-        spec = jax.typeof(array).sharding.spec
-        if any(spec):
-            raise ValueError(
-                f"{name} must not be divided over explicit mesh axes, got {spec} for "
-                "(batch, length, heads, head_dim): call the layer inside "
-                "jax.shard_map, give the mesh axis_types=(jax.sharding.AxisType.Auto, "
-                "...), or use implementation='reference'."
-            )
 
 
 def mergeable_masks(

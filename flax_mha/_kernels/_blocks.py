@@ -199,12 +199,15 @@ class Blocks:
             return probs
         _, num_heads, tgt_len, _ = self.shape
         b, h, rows, _ = self.sizes
-        sequence = corner.batch + _iota(b, axis=0)
-        head = sequence * num_heads + corner.head + _iota(h, axis=1)
-        row = head * tgt_len + corner.row + _iota(rows, axis=2)
-        factors = self.dropout.factors(
-            row.astype(jnp.uint32), probs[0].shape[3], probs[0].dtype, column
+        rows = self.dropout.rows(
+            corner.batch + _iota(b, axis=0),
+            corner.head + _iota(h, axis=1),
+            corner.row + _iota(rows, axis=2),
+            num_heads=num_heads,
+            tgt_len=tgt_len,
         )
+        columns, dtype = probs[0].shape[3], probs[0].dtype
+        factors = self.dropout.factors(rows, columns, dtype, column)
         return tuple(x * factors for x in probs)
 
     def over_keys(self, step: Callable, carry: Any, corner: "Corner") -> Any:

@@ -243,9 +243,12 @@ class _Work:
         if self.dropout is None:
             return probs
         heads, rows, columns = probs[0].shape
-        head = block.element * self.query.shape[1] + block.rows.head
-        head = head + jnp.arange(heads, dtype=jnp.int32)[:, None, None]
-        row = block.rows.place + jnp.arange(rows, dtype=jnp.int32)[None, :, None]
-        row = (head * self.max_lens[0] + row).astype(jnp.uint32)
-        factors = self.dropout.factors(row, columns, probs[0].dtype, keys.place)
+        numbers = self.dropout.rows(
+            block.element,
+            block.rows.head + jnp.arange(heads, dtype=jnp.int32)[:, None, None],
+            block.rows.place + jnp.arange(rows, dtype=jnp.int32)[None, :, None],
+            num_heads=self.query.shape[1],
+            tgt_len=self.max_lens[0],
+        )
+        factors = self.dropout.factors(numbers, columns, probs[0].dtype, keys.place)
         return tuple(x * factors for x in probs)

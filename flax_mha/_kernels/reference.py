@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha._call import Call
-from flax_mha._dropout import Dropout, row_numbers
+from flax_mha._dropout import Dropout
 from flax_mha._typing import (
     Array,
     DType,
@@ -66,7 +66,7 @@ def _logits(call: Call, precision: Precision) -> Array:
 def _drop(probs: Weights, dropout: Dropout | None) -> Weights:
     if dropout is None:
         return probs
-    rows = row_numbers(*probs.shape[:3])
+    rows = dropout.all_rows(*probs.shape[:3])
     return probs * dropout.factors(rows, probs.shape[-1], probs.dtype)
 
 

@@ -1,0 +1,108 @@
+"""Dividing parameters and calls over a mesh, by the names of axes; see `docs/meshes.md`.
+
+Rules are Flax's: pairs of a name and of the mesh axes that divide it. Names are "batch",
+that of inputs and results; "heads", of all parameters but `out_proj.bias`, and in
+attention; "embed", of the weights' other axis and of `out_proj.bias`; and "qkv" and
+"head_dim", which nothing should divide.
+
+"embed" is what the in-projection sums over and what the out-projection makes: of both it
+is the axis along which fully sharded parameters are cut, to be gathered before they are
+used, so it has one name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core import meta
+
+from flax_mha import _mesh
+from flax_mha._params import map_with_specs
+
+__all__ = ["RULES", "Rules", "logical_axes", "param_shardings"]
+
+Rules = _mesh.Rules
+
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("heads", "tensor"),
+    ("embed", "fsdp"),
+    ("qkv", None),
+    ("head_dim", None),
+)
+"""For meshes whose axes are called "data", "fsdp" and "tensor", or some of these."""
+
+
+def logical_axes(params: Any) -> Any:
+    """Returns the names of the axes of parameters, as `jax.P`.
+
+    Args:
+        params: A tree of arrays, `jax.ShapeDtypeStruct`s, Flax's boxes or
+            `nnx.Variable`s; a layer's or a whole model's. What says its own names keeps
+            them; attention layers are known by the names and ranks of their parameters,
+            and axes in front of theirs are of stacked layers, None.
+
+    Returns:
+        The tree of arrays' names: for others than attention layers, None for each axis.
+    """
+    return _map(params, lambda names, leaf: jax.P(*names))
+
+
+def param_shardings(params: Any, mesh: Any, rules: Rules = RULES) -> Any:
+    """Returns where parameters go, for `jax.device_put` or `jax.jit`'s out_shardings.
+
+    >>> import jax, flax_mha
+    >>> from flax_mha.sharding import param_shardings
+    >>> mha = flax_mha.MultiheadAttention(8, num_heads=2)
+    >>> x = jax.ShapeDtypeStruct((3, 1, 8), "float32")
+    >>> shapes = jax.eval_shape(mha.init, jax.random.key(0), x, x, x)["params"]
+    >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=jax.devices()[:1])
+    >>> param_shardings(shapes, mesh)["in_proj_weight"].spec
+    P(None, 'tensor', None, 'fsdp')
+
+    Args:
+        params: As of `logical_axes`.
+        mesh: `jax.sharding.Mesh` or `AbstractMesh`.
+        rules: The first for a name counts some of whose axes the mesh has, and these
+            do. A name without a rule is itself that of a mesh axis, or undivided.
+
+    Returns:
+        The tree of arrays' `jax.sharding.NamedSharding`s; what nothing is known of is
+        whole on each device.
+
+    Raises:
+        ValueError: An axis does not divide by the size of the mesh axes, with both.
+    """
+
+    def sharding(names, leaf):
+        own = getattr(leaf, "sharding_rules", None) or ()  # of an nnx.Variable
+        spec = _mesh.spec_by_names(names, leaf.shape, (*own, *rules), mesh)
+        return jax.sharding.NamedSharding(mesh, _mesh.partition_spec(spec))
+
+    return _map(params, sharding)
+
+
+def _map(params: Any, function: Callable[[tuple, Any], Any]) -> Any:
+    """Maps the names of each leaf's axes, and the leaf."""
+
+    def each(leaf, spec):
+        names = _own_names(leaf)
+        if isinstance(leaf, meta.Partitioned):
+            leaf = leaf.value
+        if names is None:
+            names = () if spec is None else spec.axes
+            names = (*[None] * (len(leaf.shape) - len(names)), *names)
+        return function(tuple(names), leaf)
+
+    return map_with_specs(params, each, is_leaf=_is_leaf)
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, nnx.Variable | meta.Partitioned)
+
+
+def _own_names(leaf: Any) -> Any:
+    if isinstance(leaf, meta.Partitioned):
+        return leaf.names
+    return getattr(leaf, "out_sharding", None) if _is_leaf(leaf) else None
