@@ -16,10 +16,13 @@ from flax_mha._cli._messages import message
 from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._arrays import Spec, few, specs
 from flax_mha.convert._draft import draft_tree
+from flax_mha.convert._files.write import check_file, check_params
 
 
 def convert_(args: argparse.Namespace) -> int:
     """Convert a whole checkpoint to Flax parameters."""
+    _check_apart(args.out, args.file)
+    check_params(args.out, args.overwrite)
     checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
     draft = draft_tree(
         checkpoint,
@@ -30,7 +33,6 @@ def convert_(args: argparse.Namespace) -> int:
         ignore=args.ignore,
         stack=args.stack,
     )
-    _check_apart(args.out, args.file)
     # Orbax would say so, but only after everything is read.
     empty = [] if args.out.suffix == ".safetensors" else _empty(draft.conversion)
     conversion = draft.finished(*empty)
@@ -93,6 +95,7 @@ def verify(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write converted parameters, changed since or not, back for PyTorch."""
     _check_apart(args.file, args.out)
+    check_file(args.file, args.overwrite)
     with _progress() as progress:
         params, conversion = _load_converted(args.out, progress)
         state_dict = conversion.state_dict(params, all_biases=args.all_biases)

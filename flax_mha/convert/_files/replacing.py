@@ -33,14 +33,9 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
             may not be replaced; or it is neither a file nor a folder.
         FileNotFoundError: There is no folder for it.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"path must be in a folder that exists, got {str(path)!r}."
-        )
     given, path = path, pathlib.Path(os.path.realpath(path))
     _remove_left_behind(path)
-    if path.exists():
-        _check_replaceable(given, overwrite)
+    check(given, overwrite)
     folder = path.with_name(f"{_start(path)}{uuid.uuid4().hex[:8]}.tmp")
     new, lock, tidy = folder / path.name, None, False
     try:
@@ -60,11 +55,16 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
             os.close(lock)
 
 
-def _check_replaceable(path: pathlib.Path, overwrite: bool) -> None:
-    if not overwrite:
+def check(path: pathlib.Path, overwrite: bool) -> None:
+    """Raises what `replacing` would, before there is anything to write."""
+    if path.exists() and not overwrite:
         raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
-    if not path.is_file() and not path.is_dir():
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise FileExistsError(f"{str(path)!r} is neither a file nor a folder.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path must be in a folder that exists, got {str(path)!r}."
+        )
 
 
 def _put(new: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:
@@ -78,8 +78,7 @@ def _put(new: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:
         if not _rename(new, path, _SWAP):
             _replace_folder(new, path)
     elif not _rename(new, path, _IF_NEW):
-        if path.exists():
-            _check_replaceable(path, overwrite)
+        check(path, overwrite)
         new.rename(path)
 
 
@@ -102,7 +101,7 @@ def _rename(new: pathlib.Path, path: pathlib.Path, how: int) -> bool:
         return True
     code = ctypes.get_errno()
     if code == errno.EEXIST:
-        _check_replaceable(path, overwrite=False)
+        check(path, overwrite=False)
     if code not in _UNKNOWN:
         raise OSError(code, os.strerror(code), str(path))
     return False

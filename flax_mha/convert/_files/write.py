@@ -12,15 +12,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_mha.convert._arrays import as_numpy, few
 from flax_mha.convert._conversion import Conversion
-from flax_mha.convert._files import safetensors
+from flax_mha.convert._files import replacing, safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
-from flax_mha.convert._files.replacing import replacing
 from flax_mha.convert._files.source import Source
 
-# Endings of other kinds of files.
+# Endings of other kinds of files; and what is almost ours.
 _FILES = {
     *(".pt", ".pth", ".bin", ".msgpack", ".npz", ".npy", ".h5", ".pkl", ".pickle"),
-    *(".json", ".zip", ".onnx", ".gguf"),
+    *(".json", ".zip", ".onnx", ".gguf", ".hdf5", ".keras", ".tar", ".gz", ".pb"),
+    *(".safetensor", ".safetensors"),
 }
 
 
@@ -51,8 +51,7 @@ def save_safetensors(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors, got {str(path)!r}.")
+    check_file(path, overwrite)
     # "format" is what Hugging Face's transformers want to know.
     _write_file(path, state_dict, {"format": "pt", **(metadata or {})}, overwrite)
 
@@ -84,6 +83,7 @@ def save_params(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
+    check_params(path, overwrite)
     flat = _flat(params)
     if conversion is not None:
         # Which only its own parameters have, trained or not.
@@ -93,10 +93,8 @@ def save_params(
         named = {"/".join(names): leaf for names, leaf in flat.items()}
         _write_file(path, named, {OURS: text or "null"}, overwrite)
         return
-    _check_orbax(path, flat)
-    if path.exists() and not (path / ORBAX).exists():
-        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
-    with replacing(path, overwrite) as new:
+    _check_elements(flat)
+    with replacing.replacing(path, overwrite) as new:
         _save_orbax(new, flat)
         if text is not None:
             (new / OURS_IN_FOLDER).write_text(text)
@@ -118,6 +116,8 @@ def load_params(
     path = pathlib.Path(path)
     if path.is_dir():
         return _restore(path)
+    if not path.exists():
+        raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     arrays, metadata = safetensors.read(Source(path))
     if OURS not in metadata:
         raise ValueError(f"{str(path)!r} must be written by `save_params`.")
@@ -126,13 +126,31 @@ def load_params(
     return params, _conversion(metadata[OURS], params, path)
 
 
-def _check_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
-    """Refuses what Orbax would not write, or nobody would look for as a folder."""
-    if path.suffix in _FILES:
+def check_file(path: pathlib.Path, overwrite: bool) -> None:
+    """Refuses a path that `save_safetensors` would not write to."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {str(path)!r}.")
+    if path.is_dir():
+        raise FileExistsError(f"{str(path)!r} is a folder.")
+    replacing.check(path, overwrite)
+
+
+def check_params(path: pathlib.Path, overwrite: bool) -> None:
+    """Refuses a path that `save_params` would not write to."""
+    if path.suffix == ".safetensors":
+        check_file(path, overwrite)
+        return
+    if path.suffix.lower() in _FILES:
         raise ValueError(
             f"path must end in .safetensors for a file, or be a folder's, got "
             f"{str(path)!r}."
         )
+    if path.exists() and not (path / ORBAX).exists():
+        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
+    replacing.check(path, overwrite)
+
+
+def _check_elements(flat: Mapping[tuple[str, ...], Any]) -> None:
     empty = ["/".join(names) for names, leaf in flat.items() if np.size(leaf) == 0]
     if empty:
         raise ValueError(
@@ -212,7 +230,5 @@ def _write_file(
     metadata: Mapping[str, str],
     overwrite: bool,
 ) -> None:
-    if path.is_dir():
-        raise FileExistsError(f"{str(path)!r} is a folder.")
-    with replacing(path, overwrite) as new, new.open("xb") as file:
+    with replacing.replacing(path, overwrite) as new, new.open("xb") as file:
         safetensors.write(file, arrays, metadata)
