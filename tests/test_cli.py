@@ -1,6 +1,7 @@
 """The command line, on files that need no PyTorch."""
 
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -375,6 +376,22 @@ ERRORS = {
         ["verify", "model.safetensors", "other_heads"],
         "'other_heads/flax_mha.json' has no conversion of its parameters: ",
     ),
+    "pipe": (["inspect", "pipe"], "path must be a file or folder, got 'pipe'."),
+    "pipe_as_out": (["verify", "model.safetensors", "pipe"], "got 'pipe'."),
+    "no_out": (["verify", "model.safetensors", "no"], "must be a file or folder, got"),
+    "nothing_to_export": (["export", "no", "b.safetensors"], "a file or folder, got"),
+    "link_to_itself": (
+        ["convert", "model.safetensors", "loop", *OPTIONS, OVERWRITE],
+        "'loop' is a link that leads to itself.",
+    ),
+    "capitals": (
+        ["convert", "model.safetensors", "out.SAFETENSORS", *OPTIONS],
+        "path must end in .safetensors for a file, or be a folder's",
+    ),
+    "exists_whatever_is_asked": (
+        ["convert", "model.safetensors", "plain.safetensors"],
+        "'plain.safetensors' exists; --overwrite replaces it",
+    ),
     "no_folder": (["convert", "model.safetensors", "none/out", *OPTIONS], "none"),
     "pattern": (
         ["convert", "model.safetensors", "out", *OPTIONS, "--ignore", "("],
@@ -404,6 +421,8 @@ def test_an_error_is_told_and_leaves_nothing(folder, capsys, argv, message):
     empty = {"extra.weight": np.ones((8, 0)), "extra.bias": np.ones(8)}
     convert.save_safetensors("empty.safetensors", empty)
     (folder / "link.safetensors").symlink_to("model.safetensors")
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
     (folder / "hub").mkdir()
     convert.save_safetensors("hub/model.safetensors", model())
     for name in {"converted", "converted.safetensors", "other_heads"} & set(argv):

@@ -1,6 +1,7 @@
 """What each command does. The first line of its docstring is its help."""
 
 import argparse
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +165,7 @@ def _load_converted(
 
 def _check_apart(target: Path, source: Path) -> None:
     """Refuses to write over what is read, into it, or around it."""
-    ours, theirs = target.resolve(), source.resolve()
+    ours, theirs = (Path(os.path.realpath(path)) for path in (target, source))
     same = target.exists() and target.samefile(source)  # by another name
     if same or ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
         raise ValueError(

@@ -144,7 +144,7 @@ def read_state_dict(
             than one, or was written by `save_params`.
     """
     path = pathlib.Path(path)
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():  # a pipe would never end
         raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     if (path / ORBAX).is_file():
         raise _converted(path, "an Orbax checkpoint")

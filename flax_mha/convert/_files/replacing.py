@@ -61,6 +61,8 @@ def check(path: pathlib.Path, overwrite: bool) -> None:
         raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
     if path.exists() and not path.is_file() and not path.is_dir():
         raise FileExistsError(f"{str(path)!r} is neither a file nor a folder.")
+    if os.path.islink(os.path.realpath(path)):
+        raise FileExistsError(f"{str(path)!r} is a link that leads to itself.")
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"path must be in a folder that exists, got {str(path)!r}."

@@ -116,7 +116,7 @@ def load_params(
     path = pathlib.Path(path)
     if path.is_dir():
         return _restore(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     arrays, metadata = safetensors.read(Source(path))
     if OURS not in metadata:
