@@ -39,7 +39,7 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     folder = path.with_name(f"{_start(path)}{uuid.uuid4().hex[:8]}.tmp")
     new, lock, tidy = folder / path.name, None, False
     try:
-        lock = _make_folder(folder, given)
+        lock = _make_folder(folder)
         yield new
         for inside in [*new.rglob("*"), new]:
             _sync(inside)
@@ -47,6 +47,12 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
         _sync(path.parent)
         shutil.rmtree(folder, ignore_errors=True)
         tidy = True
+    except OSError as error:
+        named = str(folder) if error.filename is None else str(error.filename)
+        if error.errno is None or not named.startswith(str(folder)):
+            raise
+        # By the name that the caller knows.
+        raise OSError(error.errno, error.strerror, str(given)) from error
     finally:
         if not tidy:  # and Orbax's threads may still write what was interrupted
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -114,13 +120,10 @@ def _start(path: pathlib.Path) -> str:
     return "." + os.fsencode(path.name)[:200].decode(errors="ignore") + "."
 
 
-def _make_folder(folder: pathlib.Path, path: pathlib.Path) -> int:
+def _make_folder(folder: pathlib.Path) -> int:
     """Makes it, and returns what has it locked while this process lives."""
     while True:
-        try:
-            folder.mkdir()
-        except OSError as error:  # by the name that the caller knows
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        folder.mkdir()
         lock = os.open(folder, os.O_RDONLY)
         with contextlib.suppress(OSError):  # where it cannot be, others cannot either
             fcntl.flock(lock, fcntl.LOCK_EX)
