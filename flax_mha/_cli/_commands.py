@@ -17,7 +17,7 @@ from flax_mha._cli._messages import message
 from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._arrays import Spec, few, specs
 from flax_mha.convert._draft import draft_tree
-from flax_mha.convert._files.write import check_file, check_params
+from flax_mha.convert._files.replacing import check_file, check_params
 
 
 def convert_(args: argparse.Namespace) -> int:

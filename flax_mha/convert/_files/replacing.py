@@ -13,6 +13,14 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
+from flax_mha.convert._files.folders import ORBAX
+
+# Endings of other kinds of files; and what is almost ours.
+_FILES = {
+    *(".pt", ".pth", ".bin", ".msgpack", ".npz", ".npy", ".h5", ".pkl", ".pickle"),
+    *(".json", ".zip", ".onnx", ".gguf", ".hdf5", ".keras", ".tar", ".gz", ".pb"),
+    *(".safetensor", ".safetensors"),
+}
 _NAME = re.compile(r"[0-9a-f]{8}\.tmp")
 _OLD = "replaced"
 # Of Linux' renameat2.
@@ -73,6 +81,30 @@ def check(path: pathlib.Path, overwrite: bool) -> None:
         raise FileNotFoundError(
             f"path must be in a folder that exists, got {str(path)!r}."
         )
+
+
+def check_file(path: pathlib.Path, overwrite: bool) -> None:
+    """Refuses a path that `save_safetensors` would not write to."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {str(path)!r}.")
+    if path.is_dir():
+        raise FileExistsError(f"{str(path)!r} is a folder.")
+    check(path, overwrite)
+
+
+def check_params(path: pathlib.Path, overwrite: bool) -> None:
+    """Refuses a path that `save_params` would not write to."""
+    if path.suffix == ".safetensors":
+        check_file(path, overwrite)
+        return
+    if path.suffix.lower() in _FILES:
+        raise ValueError(
+            f"path must end in .safetensors for a file, or be a folder's, got "
+            f"{str(path)!r}."
+        )
+    if path.exists() and not (path / ORBAX).exists():
+        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
+    check(path, overwrite)
 
 
 def _put(new: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:

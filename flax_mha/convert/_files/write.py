@@ -16,13 +16,6 @@ from flax_mha.convert._files import replacing, safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
 from flax_mha.convert._files.source import Source
 
-# Endings of other kinds of files; and what is almost ours.
-_FILES = {
-    *(".pt", ".pth", ".bin", ".msgpack", ".npz", ".npy", ".h5", ".pkl", ".pickle"),
-    *(".json", ".zip", ".onnx", ".gguf", ".hdf5", ".keras", ".tar", ".gz", ".pb"),
-    *(".safetensor", ".safetensors"),
-}
-
 
 def save_safetensors(
     path: str | pathlib.Path,
@@ -51,7 +44,7 @@ def save_safetensors(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
-    check_file(path, overwrite)
+    replacing.check_file(path, overwrite)
     # "format" is what Hugging Face's transformers want to know.
     _write_file(path, state_dict, {"format": "pt", **(metadata or {})}, overwrite)
 
@@ -83,7 +76,7 @@ def save_params(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
-    check_params(path, overwrite)
+    replacing.check_params(path, overwrite)
     flat = _flat(params)
     if conversion is not None:
         # Which only its own parameters have, trained or not.
@@ -124,30 +117,6 @@ def load_params(
     flat = {name: array.read() for name, array in arrays.items()}
     params = unflatten_dict(flat, sep="/")
     return params, _conversion(metadata[OURS], params, path)
-
-
-def check_file(path: pathlib.Path, overwrite: bool) -> None:
-    """Refuses a path that `save_safetensors` would not write to."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors, got {str(path)!r}.")
-    if path.is_dir():
-        raise FileExistsError(f"{str(path)!r} is a folder.")
-    replacing.check(path, overwrite)
-
-
-def check_params(path: pathlib.Path, overwrite: bool) -> None:
-    """Refuses a path that `save_params` would not write to."""
-    if path.suffix == ".safetensors":
-        check_file(path, overwrite)
-        return
-    if path.suffix.lower() in _FILES:
-        raise ValueError(
-            f"path must end in .safetensors for a file, or be a folder's, got "
-            f"{str(path)!r}."
-        )
-    if path.exists() and not (path / ORBAX).exists():
-        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
-    replacing.check(path, overwrite)
 
 
 def _check_elements(flat: Mapping[tuple[str, ...], Any]) -> None:
