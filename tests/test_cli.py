@@ -101,6 +101,28 @@ def test_inspect_shows_heads_the_tree_in_flax_and_what_convert_asks(folder, caps
     assert "(3, 4, 2, 8)" in out and "number of heads" not in out
 
 
+def test_inspect_of_thousands_of_layers_is_short(folder, capsys):
+    tensors = {}
+    for number in range(1000):
+        tensors |= attention(f"layers.{number}.attn")
+    convert.save_safetensors("deep.safetensors", tensors)
+    out = run(capsys, "inspect", "deep.safetensors")
+    assert re.search(r"layers\.\*\.attn +torch .* 1000 ", out)
+    assert out.count("\n") < 20
+
+
+def test_names_are_shown_without_what_a_terminal_obeys(folder, capsys):
+    name = "\x1b[31mred\x07\u202e\ud800\n"
+    convert.save_safetensors("a.safetensors", attention(name))
+    texts = [run(capsys, "inspect", "a.safetensors")]
+    texts.append(run(capsys, "diff", "a.safetensors", "model.safetensors", code=1))
+    assert main(["convert", "a.safetensors", "out"]) == 2
+    texts.append(capsys.readouterr().err)
+    for text in texts:
+        assert "[31mred" in text
+        assert text.replace("\n", "").isprintable()
+
+
 def test_inspect_of_what_cannot_be_planned_says_so(folder, capsys):
     convert.save_safetensors("a.safetensors", {"a": np.ones(2), "a.b": np.ones(2)})
     out = run(capsys, "inspect", "a.safetensors")

@@ -1,5 +1,7 @@
 """Whole models: what becomes of every tensor."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -631,6 +633,37 @@ def test_params_that_were_not_converted_so():
 def test_json_of_something_else(text):
     with pytest.raises(ValueError, match="text must be what Conversion"):
         Conversion.from_json(text)
+
+
+def test_a_conversion_is_shown_as_a_table_in_which_equal_layers_are_one_row():
+    state_dict = encoder().state_dict()
+    shown = repr(plan_tree(state_dict, 3, ignore=[".*norm2.*"]))
+    first, *lines = shown.splitlines()
+    assert first == "Conversion: 20 parameters, 2 attention layers, 4 names ignored"
+    rows = [re.split("  +", line) for line in lines]
+    assert rows[0] == ["in Flax", "in PyTorch", "shape", "dtype", "number"]
+    name = "self_attn.in_proj_weight"
+    assert rows[1] == [
+        "layers_*/self_attn/in_proj_weight",
+        f"layers.*.{name}",
+        *("(3, 3, 2, 6)", "float64", "2"),
+    ]
+    assert len(rows) == 11
+    assert f"  2 layers.*.{name}  " in repr(plan_tree(state_dict, 3, stack=["layers"]))
+
+
+EMBEDDINGS = ["wte", "wpe", "shared", "embed_tokens", "embeddings.word", "codebook"]
+LINEARS = ["lm_head", "q", "embeddings.projection", "patch_embed", "embed.linear"]
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS + LINEARS)
+def test_what_is_likelier_is_said_first(name):
+    first, second = "embedding", "kernel"
+    if name in LINEARS:
+        first, second = second, first
+    with pytest.raises(ValueError) as raised:
+        plan_tree({f"model.{name}.weight": f32(5, 6)})
+    assert str(raised.value).endswith(f': "{first}"}} or "{second}"')
 
 
 # Placement.
