@@ -123,7 +123,9 @@ def _reports(
     for group in alike.values():
         layer, num_heads = found[group[0].prefix], group[0].num_heads
         call = _compute.random_call(layer, num_heads, seed)
-        bytes_each = 8 * 4 * layer.embed_dim * max(layer.embed_dim, layer.kdim)
+        # Of weights, and of what the calls compute with them.
+        columns = 4 * max(layer.embed_dim, layer.kdim) + 400
+        bytes_each = 8 * layer.embed_dim * columns
         size = min(len(group), max(1, _BATCH_BYTES // bytes_each))
         for at in range(0, len(group), size):
             batch = group[at : at + size]
