@@ -319,7 +319,7 @@ ERRORS = {
     "other_file": (["inspect", "notes.txt"], "is cut off, or no file of P"),
     "neither": (
         ["diff", "notes.txt", "notes.txt"],
-        "As what convert wrote: 'notes.txt' is not a whole safetensors file",
+        "Taken for what convert wrote, 'notes.txt' is not a whole safetensors file",
     ),
     "no_num_heads": (
         ["convert", "model.safetensors", "out", *OPTIONS[2:]],

@@ -32,7 +32,7 @@ LAYERS = [
     ["linen", "nnx", "functional"],
     ["convert._arrays", "convert._families", "convert._layers", "convert._model"],
     ["convert._rows"],
-    ["convert._config", "convert._positions"],
+    ["convert._config", "convert._unseen"],
     ["convert._strict", "convert._rules", "convert._files.folders"],
     ["convert._files.replacing", "convert._files.source", "convert._files.unpickle"],
     ["convert._files.safetensors", "convert._files.tensors"],

@@ -137,7 +137,7 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
             return convert.read_state_dict(path)
         except ValueError as not_theirs:
             raise ValueError(
-                f"{not_theirs} As what convert wrote: {not_ours}"
+                f"{not_theirs} Taken for what convert wrote, {not_ours}"
             ) from None
     from flax_mha.convert._conversion import flatten  # and JAX
 

@@ -12,9 +12,9 @@ from flax_mha.convert._config import config_of, lines_of
 from flax_mha.convert._families import FAMILIES, OTHER_KINDS, Family
 from flax_mha.convert._layers import AttentionLayer as AttentionLayer
 from flax_mha.convert._layers import LookAlike as LookAlike
-from flax_mha.convert._positions import ancestors, with_positions
 from flax_mha.convert._reasons import reason
 from flax_mha.convert._rules import check_mapping
+from flax_mha.convert._unseen import ancestors, with_unseen
 
 # The families, or other kinds, that a name speaks for.
 _SIGNS: dict[str, list[str]] = {sign: [sign] for sign in OTHER_KINDS}
@@ -70,7 +70,7 @@ def find(
     places = {
         prefix: _in_question(signs, said) for prefix, signs in _places(tensors).items()
     }
-    return with_positions(_examined(tensors, places).values(), tensors)
+    return with_unseen(_examined(tensors, places).values(), tensors)
 
 
 def layers_of(

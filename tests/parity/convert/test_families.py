@@ -766,6 +766,14 @@ def test_only_config_json_tells_the_order_of_rows():
     assert np.array_equal(*(np.sort(weight, axis=None) for weight in weights))
 
 
+def test_attention_over_something_else_is_told_by_its_name():
+    """DaViT's, as Florence-2 has it, is over channels; its tensors are timm's."""
+    _, state_dict = made(EVERY["timm"])
+    names = {name.replace(".attn.", ".channel_attn.fn."): name for name in state_dict}
+    (layer,) = convert.find_layers({new: state_dict[old] for new, old in names.items()})
+    assert layer.unseen == "another attention: channel_attn"
+
+
 def test_positions_of_a_head_beside_layers_are_seen():
     """LightGlue's, of which only the number of features tells."""
     _, state_dict = made(EVERY["vit_in_memory"])

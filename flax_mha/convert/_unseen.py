@@ -1,4 +1,4 @@
-"""Positions that are beside attention layers, where nothing in these shows them."""
+"""What names beside attention layers, or above them, say that these do not show."""
 
 import dataclasses
 import re
@@ -15,26 +15,31 @@ _BESIDE = re.compile(
 # Likewise, if they have other features than the layer: those of a head.
 _OF_HEADS = re.compile(r"(?:^|\.)(embed_positions|positional_encoder)\.")
 
+# What layers are called that attend to something else than tokens, or only roughly.
+_OTHER = re.compile(r"(?:^|[._])((?:channel|linear|axial)_(?:attn|attention))")
 
-def with_positions(
+
+def with_unseen(
     found: Iterable[AttentionLayer | LookAlike], tensors: Mapping[str, Spec]
 ) -> list[AttentionLayer | LookAlike]:
-    """Returns them with such positions as what is unseen in them."""
+    """Returns them with that as what is unseen in them."""
     beside: dict[str, list[str]] = {}  # by the prefix of all that they may be for
     for name in tensors:
         if match := _BESIDE.search(name) or _OF_HEADS.search(name):
             prefix = name[: max(name.rfind(".", 0, match.start(1)), 0)]
             beside.setdefault(prefix, []).append(name)
-    return [_with_positions(one, beside, tensors) for one in found]
+    return [_with_unseen(one, beside, tensors) for one in found]
 
 
-def _with_positions(
+def _with_unseen(
     one: AttentionLayer | LookAlike,
     beside: Mapping[str, list[str]],
     tensors: Mapping[str, Spec],
 ) -> AttentionLayer | LookAlike:
-    if not beside or isinstance(one, LookAlike) or one.unseen:
+    if isinstance(one, LookAlike) or one.unseen:
         return one
+    if match := _OTHER.search(one.prefix):
+        return dataclasses.replace(one, unseen=f"another attention: {match[1]}")
     for prefix in (one.prefix, *ancestors(one.prefix)):
         for name in beside.get(prefix, ()):
             if _BESIDE.search(name) or one.embed_dim not in tensors[name].shape:
