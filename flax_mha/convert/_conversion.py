@@ -34,7 +34,7 @@ class ConvertedLayer:
     prefix: str
     path: str
     num_heads: int
-    family: str = "torch"
+    family: str
     index: int | None = None
 
 

@@ -14,7 +14,6 @@ _BESIDE = re.compile(
 )
 # Likewise, if they have other features than the layer: those of a head.
 _OF_HEADS = re.compile(r"(?:^|\.)(embed_positions|positional_encoder)\.")
-
 # What layers are called that attend to something else than tokens, or only roughly.
 _OTHER = re.compile(r"(?:^|[._])((?:channel|linear|axial)_(?:attn|attention))")
 
