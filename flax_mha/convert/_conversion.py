@@ -11,6 +11,7 @@ from flax_mha.convert import _strict
 from flax_mha.convert._arrays import Spec, specs
 from flax_mha.convert._entries import Axes, Entry, StateDict
 from flax_mha.convert._entries import flatten as flatten
+from flax_mha.convert._families import FAMILIES
 from flax_mha.convert._rows import aligned, merged
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class ConvertedLayer:
     num_heads: int
     family: str
     index: int | None = None
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be a known one, got {self.family!r}")
 
 
 @dataclasses.dataclass(frozen=True)

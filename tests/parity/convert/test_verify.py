@@ -261,6 +261,17 @@ def test_work_grows_no_faster_than_the_number_of_layers():
     assert most - more < 2.2 * (more - few)
 
 
+def test_a_conversion_of_layers_that_are_not_there_is_refused():
+    state_dict = attention_layers(1)
+    conversion, params = converted(state_dict)
+    text = conversion.to_json()
+    other = conversion.from_json(text.replace('"torch"', '"linears"'))
+    with pytest.raises(ValueError, match="an attention layer stored as 'linears': mis"):
+        verify(state_dict, params, conversion=other)
+    with pytest.raises(ValueError, match="family must be a known one, got 'nothing'"):
+        conversion.from_json(text.replace('"torch"', '"nothing"'))
+
+
 def test_params_of_another_model_are_refused():
     state_dict = model().state_dict()
     conversion, params = converted(state_dict)
