@@ -70,7 +70,8 @@ def find(
     places = {
         prefix: _in_question(signs, said) for prefix, signs in _places(tensors).items()
     }
-    return with_unseen(_examined(tensors, places).values(), tensors)
+    found = _examined(tensors, places).values()
+    return with_unseen(found, tensors, without_config=config is None)
 
 
 def layers_of(
@@ -181,7 +182,10 @@ def _compare(
         return _look_alike(prefix, below, "no weight, or an empty one, tells embed_dim")
     rows = _rows(family, sizes, shapes)
     wanted = {name: shape for named in rows.values() for name, shape in named.items()}
-    absent = [key for key in wanted if _is_bias(key) and key not in shapes]
+    biases = [
+        key for key in wanted if key.rpartition(".")[2] in ("bias", "in_proj_bias")
+    ]
+    absent = [key for key in biases if key not in shapes]
     wanted = {key: shape for key, shape in wanted.items() if key not in absent}
     wrong = reason(prefix, family, shapes, wanted)
     wrong = wrong or "; ".join(
@@ -212,10 +216,6 @@ def _biases(family: Family, names: Container[str]) -> str:
         if any(name in names for name in family.names(param))
     ]
     return "both" if len(found) == 2 else "".join(found) or "none"
-
-
-def _is_bias(key: str) -> bool:
-    return key.rpartition(".")[2] in ("bias", "in_proj_bias")
 
 
 def _own(family: Family, below: Iterable[str]) -> list[str]:

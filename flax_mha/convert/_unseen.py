@@ -14,20 +14,34 @@ _BESIDE = re.compile(
 )
 # Likewise, if they have other features than the layer: those of a head.
 _OF_HEADS = re.compile(r"(?:^|\.)(embed_positions|positional_encoder)\.")
+# What a vision transformer begins with, and what adds positions to it.
+_PATCHES = re.compile(
+    r"(?:^|(?<=\.))(?:embeddings?\.)?patch_?(?:embed|ify|conv|proj)\w*\."
+)
+_ADDED = re.compile(r"pos|cpe|dwconv|relative|rel_|stages|downsample")
 # What layers are called that attend to something else than tokens, or only roughly.
 _OTHER = re.compile(r"(?:^|[._])((?:channel|linear|axial)_(?:attn|attention))")
 
 
 def with_unseen(
-    found: Iterable[AttentionLayer | LookAlike], tensors: Mapping[str, Spec]
+    found: Iterable[AttentionLayer | LookAlike],
+    tensors: Mapping[str, Spec],
+    *,
+    without_config: bool,
 ) -> list[AttentionLayer | LookAlike]:
-    """Returns them with that as what is unseen in them."""
+    """Returns them with that as what is unseen in them.
+
+    Without config.json also that a vision transformer has no positions to begin with,
+    as those with rotary ones have it; and a few others.
+    """
     beside: dict[str, list[str]] = {}  # by the prefix of all that they may be for
     for name in tensors:
         if match := _BESIDE.search(name) or _OF_HEADS.search(name):
             prefix = name[: max(name.rfind(".", 0, match.start(1)), 0)]
             beside.setdefault(prefix, []).append(name)
-    return [_with_unseen(one, beside, tensors) for one in found]
+    found = [_with_unseen(one, beside, tensors) for one in found]
+    lacking = _without_positions(tensors) if without_config else {}
+    return [_with_lacking(one, lacking) for one in found]
 
 
 def _with_unseen(
@@ -43,6 +57,36 @@ def _with_unseen(
         for name in beside.get(prefix, ()):
             if _BESIDE.search(name) or one.embed_dim not in tensors[name].shape:
                 return dataclasses.replace(one, unseen=f"positions: there is {name}")
+    return one
+
+
+def _without_positions(tensors: Mapping[str, Spec]) -> dict[str, str]:
+    """Returns vision transformers without any, by what names in them begin with."""
+    all_of_them = {
+        name[: match.start()]: name
+        for name in tensors
+        if (match := _PATCHES.search(name))
+    }
+    return {
+        start: name
+        for start, name in all_of_them.items()
+        if not any(
+            _ADDED.search(other, len(start))
+            for other in tensors
+            if other.startswith(start)
+        )
+    }
+
+
+def _with_lacking(
+    one: AttentionLayer | LookAlike, lacking: Mapping[str, str]
+) -> AttentionLayer | LookAlike:
+    if isinstance(one, LookAlike) or one.unseen or one.family == "torch":
+        return one
+    for start, name in lacking.items():
+        if one.prefix.startswith(start):
+            unseen = f"positions: there are none beside {name}"
+            return dataclasses.replace(one, unseen=unseen)
     return one
 
 

@@ -766,6 +766,20 @@ def test_only_config_json_tells_the_order_of_rows():
     assert np.array_equal(*(np.sort(weight, axis=None) for weight in weights))
 
 
+def test_a_vision_transformer_without_positions_is_asked_about():
+    """Qwen2-VL's, of which no tensor shows that its positions are rotary."""
+    _, state_dict = made(EVERY["timm"])
+    state_dict["model.patch_embed.proj.weight"] = torch.ones(WIDTH, 3, 2, 2)
+    (layer,) = convert.find_layers(state_dict)
+    lacking = "positions: there are none beside model.patch_embed.proj.weight"
+    assert layer.unseen == lacking
+    with pytest.raises(ValueError, match=f"may compute more .*{lacking}"):
+        convert.plan_tree(state_dict, HEADS)
+    assert convert.plan_tree(state_dict, HEADS, config={}).layers
+    state_dict["model.pos_embed"] = torch.ones(1, 4, WIDTH)
+    assert not convert.find_layers(state_dict)[0].unseen
+
+
 def test_attention_over_something_else_is_told_by_its_name():
     """DaViT's, as Florence-2 has it, is over channels; its tensors are timm's."""
     _, state_dict = made(EVERY["timm"])
