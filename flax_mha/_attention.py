@@ -245,21 +245,21 @@ def _linear(
     names = ["heads" if axis == heads else None for axis in range(weight.ndim)]
     weight = _mesh.constrained(weight, names)
     _, rows, features = division = _mesh.Division.of(x, weight, axes)
-    weight = division.put(weight, features, _mesh.explicit_spec(x)[-axes:])
+    weight = division.put(weight, *features, *_mesh.explicit_spec(x)[-axes:])
     product = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=wide
     )
     tokens = x.shape[0] * x.shape[1]  # or symbolic, in an export
     if isinstance(tokens, int) and tokens <= _FEW_TOKENS and not _is_quantized():
         # XLA's CPU compiler transposes the second factor, of which there is less here.
-        options = division.options(features, rows)
+        options = division.options(*features, *rows)
         out = product(weight, x, ((over[1], over[0]), ((), ())), **options)
         out = jnp.moveaxis(out, (-2, -1), (0, 1))
     else:
-        options = division.options(rows, features)
+        options = division.options(*rows, *features)
         out = product(x, weight, (over, ((), ())), **options)
     if bias is not None:
-        out = out + division.put(bias, features).astype(wide)[None, None]
+        out = out + division.put(bias, *features).astype(wide)[None, None]
     return out.astype(x.dtype)
 
 
@@ -267,7 +267,7 @@ def _extra_columns(params: Params, add_zero_attn: bool) -> Extra | None:
     """Returns bias_k and bias_v, then zeros: keys and values that every query sees."""
     weight = params["out_proj.weight"]
     _, *heads = weight.shape
-    by_heads = [(), *_mesh.explicit_spec(weight)[1:]]
+    by_heads = (), *_mesh.explicit_spec(weight)[1:]
 
     def whole(column):
         column = column.reshape(-1, *heads)

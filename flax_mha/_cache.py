@@ -117,7 +117,7 @@ class KeyValueCache:
         """Returns the cache on the explicit mesh axes that divide what is appended."""
         mesh = _mesh.mesh_of(key)
         batch, _, heads, _ = _mesh.explicit_spec(key)
-        spec = [batch, heads, (), ()]
+        spec = batch, heads, (), ()
         return jax.tree.map(lambda x: _mesh.resharded(x, spec[: x.ndim], mesh), self)
 
     def _bits(self, x: Array) -> Array:

@@ -21,8 +21,9 @@ class Explanation:
 
     Attributes:
         shape: Of the logits: (batch, heads, queries, keys), without axes added by
-            `jax.vmap`; of one device's inside `jax.shard_map`. Of `RaggedArray`s, that
-            with padding, of which "blockwise" visits less, where it is worth it.
+            `jax.vmap`; of one device's, if `divided` and inside `jax.shard_map`. Of
+            `RaggedArray`s, that with padding, of which "blockwise" visits less, where
+            it is worth it.
         weights: "mean" or "heads" if the call asks for attention weights, or None.
             Under `jit`, those that nobody uses are not computed.
         kernels: By platform: the kernel that runs, or None if the implementation that
@@ -30,6 +31,11 @@ class Explanation:
         reasons: By platform: the platform's own kernel or the one that was named, if it
             does not run, and why.
         is_ragged: The call is one of `RaggedArray`s.
+        divided: The mesh axes over which each device attends its own part, by "batch"
+            and "heads"; None if types and rules say nothing of a mesh. Then, and
+            over `left_to_xla`, XLA divides.
+        left_to_xla: Auto mesh axes of which no rule speaks.
+        left_out: What rules say of the call and cannot be, in words.
     """
 
     shape: tuple[int, int, int, int]
@@ -37,6 +43,9 @@ class Explanation:
     kernels: dict[str, str | None]
     reasons: dict[str, dict[str, str]]
     is_ragged: bool
+    divided: dict[str, tuple[str, ...]] | None
+    left_to_xla: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     def __str__(self) -> str:
         batch, heads, tgt_len, src_len = self.shape
@@ -44,6 +53,15 @@ class Explanation:
             f"{batch} sequences, {heads} heads, {tgt_len} queries, {src_len} keys, "
             f"weights: {self.weights}" + (", ragged" if self.is_ragged else "")
         ]
+        if self.divided is not None:
+            parts = [
+                f"{name} over {axes}" for name, axes in self.divided.items() if axes
+            ]
+            parts = ", ".join(parts) or "all of it"
+            lines.append(f"  on each device of a mesh: {parts}")
+        lines += [f"    not divided: {why}" for why in self.left_out]
+        if self.left_to_xla:
+            lines.append(f"    divided by XLA: {self.left_to_xla}, without a rule")
         for platform, kernel in self.kernels.items():
             lines.append(f"  {platform}: {kernel}")
             for name, reason in self.reasons[platform].items():
@@ -54,9 +72,10 @@ class Explanation:
 def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
     """Says which kernel each attention call in `function` runs, on every platform.
 
-    Nothing is computed. "tpu, divided by XLA" is a program for several TPUs under plain
-    `jit`; inside `jax.shard_map`, and on one TPU, it is "tpu". So with "cuda". Calls
-    with `implementation="reference"` are the definition everywhere, and not listed.
+    Nothing is computed. "tpu, divided by XLA" is a program for several TPUs where
+    nothing says how the call is divided. On one TPU, inside `jax.shard_map`, and where
+    explicit mesh axes or rules say it, it is "tpu". So with "cuda". Calls with
+    `implementation="reference"` are the definition everywhere, and not listed.
 
     Args:
         function: What `jax.jit` takes, e.g. `mha.apply`, or a whole model's.
@@ -94,11 +113,23 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
 
 
 def _explanation(plan: Plan) -> Explanation:
-    kernels, reasons = {}, {}
+    kernels, reasons, place = {}, {}, plan.place
+    is_whole = place is not None and not place.left_to_xla
     for platform, target in _TARGETS.items():
+        if target.partitioned and is_whole:
+            continue
         name = plan.implementation or FUSED.get(target.platform, "blockwise")
         why = plan.reason(name, target)
         refused = why and plan.implementation
         kernels[platform] = None if refused else plan.kernel(target)
         reasons[platform] = {name: why} if why else {}
-    return Explanation(plan.logits, plan.weights, kernels, reasons, plan.is_ragged)
+    return Explanation(
+        plan.logits,
+        plan.weights,
+        kernels,
+        reasons,
+        plan.is_ragged,
+        divided=None if place is None else dict(batch=place.batch, heads=place.heads),
+        left_to_xla=() if place is None else place.left_to_xla,
+        left_out=() if place is None else place.left_out,
+    )

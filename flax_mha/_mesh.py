@@ -1,17 +1,17 @@
 """What JAX's types and Flax's rules say of meshes, and placing arrays on one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from flax.core import spmd
 from jax import lax
 
-NAMES = ("batch", "heads", "embed")  # that rules may divide
+_NAMES = ("batch", "heads", "embed")  # that rules may divide
 
 Rules = Sequence[tuple[str, Any]]  # as Flax has them
-_Axes = tuple[str, ...]  # of a mesh
+Axes = tuple[str, ...]  # of a mesh
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
@@ -41,9 +41,9 @@ def mesh_of(x: Any) -> Any:
 class Division(NamedTuple):
     """How a product of rows and features is divided over explicit axes."""
 
-    mesh: Any = None  # None: XLA decides, or there is nothing to divide
-    rows: list[_Axes] = []
-    features: list[_Axes] = []
+    mesh: Any  # None: XLA decides, or there is nothing to divide
+    rows: tuple[Axes, ...] = ()
+    features: tuple[Axes, ...] = ()
 
     @classmethod
     def of(cls, x: jax.Array, weight: Any, contracted: int) -> "Division":
@@ -54,24 +54,24 @@ class Division(NamedTuple):
         """
         mesh = mesh_of(x)
         if mesh is None or not mesh.explicit_axes:
-            return cls()
+            return cls(None)
         used = set().union(*explicit_spec(x))
-        features = [
+        features = tuple(
             tuple(axis for axis in axes if axis not in used)
             for axes in explicit_spec(weight)[:-contracted]
-        ]
+        )
         return cls(mesh, explicit_spec(x)[:-contracted], features)
 
-    def options(self, *parts: list[_Axes]) -> dict[str, Any]:
+    def options(self, *spec: Axes) -> dict[str, Any]:
         """Returns `out_sharding` of a product whose result has these axes."""
         if self.mesh is None:
             return {}
-        spec = partition_spec(sum(parts, []))
-        return dict(out_sharding=jax.sharding.NamedSharding(self.mesh, spec))
+        sharding = jax.sharding.NamedSharding(self.mesh, partition_spec(spec))
+        return dict(out_sharding=sharding)
 
-    def put(self, x: Any, *parts: list[_Axes]) -> Any:
+    def put(self, x: Any, *spec: Axes) -> Any:
         """Returns an array that has these axes, divided so."""
-        return x if self.mesh is None else resharded(x, sum(parts, []), self.mesh)
+        return x if self.mesh is None else resharded(x, spec, self.mesh)
 
 
 def is_mapped_over() -> bool:
@@ -82,58 +82,64 @@ def is_mapped_over() -> bool:
     return get_axis_env is not None and bool(get_axis_env().spmd_axis_names)
 
 
-def explicit_spec(x: Any) -> list[_Axes]:
+def explicit_spec(x: Any) -> tuple[Axes, ...]:
     """Returns the explicit mesh axes that divide each axis of an array."""
     spec = tuple(jax.typeof(x).sharding.spec)
-    return [as_tuple(axes) for axes in spec + (None,) * (x.ndim - len(spec))]
+    return tuple(as_tuple(axes) for axes in spec + (None,) * (x.ndim - len(spec)))
 
 
-def by_rules(name: str, size: Any, mesh: Any) -> tuple[_Axes, str | None]:
-    """Returns the Auto axes that divide an axis of an array; and why not, if these do.
+def by_rules(name: str, size: Any, mesh: Any) -> tuple[Axes, str | None]:
+    """Returns the Auto axes that Flax's rules give for an axis of an array.
 
     Args:
-        name: Of the array's axis. Flax's rules give mesh axes for it, or it is itself
-            that of a mesh axis.
+        name: Of the array's axis.
         size: Of the array's axis.
+
+    Returns:
+        The axes; or none, and why it is not those of the rules, if so.
     """
     axes = _axes_of(name, spmd.get_logical_axis_rules(), mesh.auto_axes)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if parts == 1:
         return (), None
     if not isinstance(size, int) or size % parts:
-        return (), f"{size} {name} do not divide by {parts}, the size of {axes}"
+        return (), f"{name} is {size}, and mesh axes {axes} are {parts} devices"
     return axes, None
 
 
 def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
-    """Divides an array over Auto axes by rules, if there are any.
+    """Divides an array over Auto axes by Flax's rules, if there are any.
 
     Args:
         names: Of its axes. None: not divided. `UNCONSTRAINED`: as XLA decides.
     """
-    mesh, rules = jax.sharding.get_abstract_mesh(), spmd.get_logical_axis_rules()
-    if mesh.empty or is_mapped_over():
-        return x
-    if not any(_axes_of(name, rules, mesh.auto_axes) for name in NAMES):
+    mesh = mesh_of(x)
+    if mesh is None or not ruled_axes(mesh) or is_mapped_over():
         return x
     spec = [
         _entry(by_rules(name, size, mesh)[0]) if isinstance(name, str) else name
         for name, size in zip(names, x.shape, strict=True)
     ]
-    return lax.with_sharding_constraint(x, jax.P(*spec))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    return lax.with_sharding_constraint(x, sharding)
 
 
-def resharded(x: Any, spec: Sequence[_Axes], mesh: Any) -> Any:
+def ruled_axes(mesh: Any) -> frozenset[str]:
+    """Returns the Auto axes that Flax's rules speak of, for what there is here."""
+    rules = spmd.get_logical_axis_rules()
+    axes = (_axes_of(name, rules, mesh.auto_axes) for name in _NAMES)
+    return frozenset().union(*axes)
+
+
+def resharded(x: Any, spec: Sequence[Axes], mesh: Any) -> Any:
     """Divides an array over explicit axes, if the mesh has any."""
-    if mesh is None or not mesh.explicit_axes or list(spec) == explicit_spec(x):
+    if mesh is None or not mesh.explicit_axes or tuple(spec) == explicit_spec(x):
         return x
     sharding = jax.sharding.NamedSharding(mesh, partition_spec(spec))
     return jax.sharding.reshard(x, sharding)
 
 
-def place_by_names(
-    x: jax.Array, names: tuple[str, ...], rules: Rules
-) -> jax.Array:
+def place_by_names(x: jax.Array, names: tuple[str, ...], rules: Rules) -> jax.Array:
     """Divides an array over the axes of `jax.set_mesh`'s mesh, if there is one.
 
     Args:
@@ -156,18 +162,19 @@ def place_by_names(
 
 def spec_by_names(
     names: Sequence[str], shape: Sequence[int], rules: Rules, mesh: Any
-) -> list[_Axes]:
+) -> list[Axes]:
     """Returns the mesh axes that divide each axis of a parameter.
 
     Args:
         names: Of the parameter's axes.
-        rules: From a name to a mesh axis, several, or None. The first rule for a name
-            counts some of whose axes the mesh has, and these do. A name without a rule
-            is that of a mesh axis, or of none.
+        rules: From a name to a mesh axis, several, or None. The first for a name counts
+            that says None or some axes which the mesh has, and of its axes these. A
+            name without a rule is that of a mesh axis, or of none.
 
     Raises:
         ValueError: They do not divide it.
     """
+    rules = (*rules, *((name, name) for name in names))
     spec = [_axes_of(name, rules, mesh.axis_names) for name in names]
     for name, size, axes in zip(names, shape, spec, strict=True):
         parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -180,24 +187,22 @@ def spec_by_names(
     return spec
 
 
-def partition_spec(spec: Sequence[_Axes]) -> jax.P:
+def partition_spec(spec: Iterable[Axes]) -> jax.P:
     return jax.P(*map(_entry, spec))
 
 
-def _axes_of(name: str, rules: Rules, mesh_axes: Any) -> _Axes:
-    found = [axes for rule, axes in rules if rule == name]
-    on_mesh = [_on_mesh(axes, mesh_axes) for axes in found or [name]]
-    return next(filter(None, on_mesh), ())
+def _axes_of(name: str, rules: Rules, mesh_axes: Any) -> Axes:
+    for rule, axes in rules:
+        found = tuple(axis for axis in as_tuple(axes) if axis in mesh_axes)
+        if rule == name and (found or not axes):
+            return found
+    return ()
 
 
-def _on_mesh(axes: Any, mesh_axes: Any) -> _Axes:
-    return tuple(axis for axis in as_tuple(axes) if axis in mesh_axes)
-
-
-def as_tuple(axes: Any) -> _Axes:
+def as_tuple(axes: Any) -> Axes:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def _entry(axes: _Axes) -> Any:
+def _entry(axes: Axes) -> Any:
     """Returns these as `PartitionSpec` has them."""
     return None if not axes else axes[0] if len(axes) == 1 else axes

@@ -26,8 +26,9 @@ class Place(NamedTuple):
     """The mesh axes that divide the sequences of a call, and its heads."""
 
     mesh: Any
-    batch: tuple[str, ...]
-    heads: tuple[str, ...]
+    batch: _mesh.Axes
+    heads: _mesh.Axes
+    left_to_xla: _mesh.Axes  # Auto axes that no rule speaks of
     left_out: tuple[str, ...]  # in words: what rules say that cannot be
 
     @classmethod
@@ -43,7 +44,7 @@ class Place(NamedTuple):
         mesh = _mesh.mesh_of(call.query)
         if mesh is None or _mesh.is_mapped_over():
             return None
-        found: dict[str, tuple[str, ...]] = dict(batch=(), heads=())
+        found: dict[str, _mesh.Axes] = dict(batch=(), heads=())
         for argument in ("query", "key", "value"):
             names = layout.rows if argument == "query" else layout.columns
             spec = _mesh.explicit_spec(getattr(call, argument))
@@ -55,20 +56,21 @@ class Place(NamedTuple):
         if mesh.manual_axes:  # `jax.shard_map` in another: JAX cannot differentiate it
             if any(found.values()):
                 raise ValueError(
-                    f"explicit mesh axes {found} divide the call inside a jax.shard_map "
-                    f"over {mesh.manual_axes} only: leave its axis_names out, so that "
-                    "it is over all axes, or call the layer outside of it."
+                    f"explicit mesh axes divide the call, {found}, inside a "
+                    f"jax.shard_map over {mesh.manual_axes} only: leave its axis_names "
+                    "out, so that it is over all axes, or call the layer outside of it."
                 )
             return None
-        left_out = []
+        ruled, left_out = _mesh.ruled_axes(mesh), []
+        if not mesh.explicit_axes and not ruled:
+            return None
         for name, size in zip(found, call.logits, strict=False):
             if name in layout.rows:
                 axes, why_not = _mesh.by_rules(name, size, mesh)
                 found[name] += axes
                 left_out += [why_not] if why_not else []
-        if not (mesh.explicit_axes or any(found.values()) or left_out):
-            return None
-        return cls(mesh, **found, left_out=tuple(left_out))
+        left = tuple(axis for axis in mesh.auto_axes if axis not in ruled)
+        return cls(mesh, **found, left_to_xla=left, left_out=tuple(left_out))
 
     def attend(
         self,
@@ -78,8 +80,7 @@ class Place(NamedTuple):
         call: Call,
     ) -> _Results:
         """Returns `attend(options, layout, call)`, each device attending its part."""
-        args = layout, call
-        args = jax.tree.map(self._put, args, self._specs(*args))
+        args = jax.tree.map(self._put, (layout, call), self._specs(layout, call))
         return _attend_parts(self, attend, options, *args)
 
     def part(self, call: Call) -> Part:
@@ -89,12 +90,12 @@ class Place(NamedTuple):
         return Part(
             sequence=lax.axis_index(self.batch) * batch,
             head=lax.axis_index(self.heads) * heads,
-            num_heads=np.int32(heads * parts),
+            num_heads=np.asarray(heads * parts, np.int32),
         )
 
     def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> jax.P:
         """Returns how an array is divided whose first axes have these names."""
-        divided = dict(batch=self.batch, heads=self.heads)
+        divided: dict[Any, _mesh.Axes] = dict(batch=self.batch, heads=self.heads)
         # What an axis has only one of is the same for all.
         pairs = zip(names, shape, strict=False)
         return jax.P(*(divided.get(name, ()) if n != 1 else () for name, n in pairs))
@@ -102,7 +103,7 @@ class Place(NamedTuple):
     def _specs(self, layout: Any, call: Call) -> tuple[Any, Call]:
         """Returns how all arrays are divided, as a tree like that of the arguments."""
 
-        def divided(*names):
+        def divided(*names: str | None) -> Callable[[Any], Any]:
             return lambda x: self.spec(names, x.shape)
 
         whole = jax.tree.map(lambda x: jax.P(), call)
@@ -117,8 +118,8 @@ class Place(NamedTuple):
     def _put(self, x: Any, spec: jax.P) -> Any:
         if not np.ndim(x):
             return x
-        spec = [*map(_mesh.as_tuple, spec), *[()] * (np.ndim(x) - len(spec))]
-        return _mesh.resharded(x, spec, self.mesh)
+        axes = *map(_mesh.as_tuple, spec), *[()] * (np.ndim(x) - len(spec))
+        return _mesh.resharded(x, axes, self.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or eager calls compile anew
@@ -135,15 +136,22 @@ def _attend_parts(place, attend, options, layout, call):
     names = ("batch", "heads") if options.weights == "heads" else ("batch",)
     in_specs = place._specs(layout, call)
     out_specs = in_specs[1].query, place.spec(names, call.logits)
+    manual = set(place.mesh.axis_names).difference(place.left_to_xla)
     return jax.shard_map(
-        one_part, mesh=place.mesh, in_specs=in_specs, out_specs=out_specs
+        one_part,
+        mesh=place.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        # If empty, all but those that `jax.vmap` is over.
+        axis_names=manual if place.left_to_xla else set(),
     )(layout, call)
 
 
-def _indivisible(argument: str, spec: list, names: Sequence[str | None]) -> str:
+def _indivisible(argument: str, spec: Any, names: Sequence[str | None]) -> str:
     allowed = " and ".join(name for name in names if name)
     shape = "(batch, length, heads, head_dim)"
     return (
-        f"{argument} must be divided over {allowed} only, but explicit mesh axes divide "
-        f"it, {shape}, as {jax.P(*spec)}: use jax.sharding.reshard before."
+        f"{argument} must be divided over {allowed} only, but explicit mesh axes "
+        f"divide it, {shape}, as {_mesh.partition_spec(spec)}: "
+        "use jax.sharding.reshard before."
     )

@@ -1,13 +1,13 @@
-"""Dividing parameters and calls over a mesh, by the names of axes; see `docs/meshes.md`.
+"""Dividing parameters and calls over a mesh, by the names of axes: `docs/meshes.md`.
 
-Rules are Flax's: pairs of a name and of the mesh axes that divide it. Names are "batch",
-that of inputs and results; "heads", of all parameters but `out_proj.bias`, and in
-attention; "embed", of the weights' other axis and of `out_proj.bias`; and "qkv" and
-"head_dim", which nothing should divide.
+Rules are Flax's: pairs of a name and the mesh axes that divide it. Names are "batch",
+of inputs and results; "heads", of all parameters but `out_proj.bias`, and of what is
+between the projections; "embed", of the weights' other axis and of `out_proj.bias`;
+"qkv" and "head_dim", which nothing should divide.
 
-"embed" is what the in-projection sums over and what the out-projection makes: of both it
+"embed" is both what the in-projection sums over and what the out-projection makes. It
 is the axis along which fully sharded parameters are cut, to be gathered before they are
-used, so it has one name.
+used, and for that it should have one name.
 """
 
 from collections.abc import Callable
@@ -64,8 +64,9 @@ def param_shardings(params: Any, mesh: Any, rules: Rules = RULES) -> Any:
     Args:
         params: As of `logical_axes`.
         mesh: `jax.sharding.Mesh` or `AbstractMesh`.
-        rules: The first for a name counts some of whose axes the mesh has, and these
-            do. A name without a rule is itself that of a mesh axis, or undivided.
+        rules: The first for a name counts that says None or some axes which the mesh
+            has, and of its axes these. A name without a rule is itself that of a mesh
+            axis, or undivided.
 
     Returns:
         The tree of arrays' `jax.sharding.NamedSharding`s; what nothing is known of is

@@ -32,7 +32,9 @@ def to_torch_shapes(tree: Any) -> Any:
     Args:
         tree: Of arrays or `jax.ShapeDtypeStruct`s.
     """
-    return map_with_specs(tree, lambda x, spec: x if spec is None else _reshaped(x, spec))
+    return map_with_specs(
+        tree, lambda x, spec: x if spec is None else _reshaped(x, spec)
+    )
 
 
 def from_torch_shapes(tree: Any, like: Any) -> Any:

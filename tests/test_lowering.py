@@ -16,6 +16,7 @@ from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._lowering import at_lowering
 from flax_mha._masks import Mask
+from tests.collectives import collectives
 
 
 def arrays(batch=8, length=16, heads=4, head_dim=8, dtype="float32"):
@@ -152,12 +153,6 @@ def mesh():
     return Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "heads"))
 
 
-def collectives(program):
-    text = program.as_text()
-    names = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
-    return {name: text.count(f" {name}(") for name in names if f" {name}(" in text}
-
-
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("mask", [Mask(), Mask(is_causal=True)], ids=["none", "causal"])
 @pytest.mark.parametrize("length", [16, 1500])
@@ -196,14 +191,14 @@ def test_each_device_computes_its_own_part_inside_shard_map(mesh, axes):
     np.testing.assert_allclose(got, attend(*inputs), rtol=2e-5, atol=2e-6)
 
 
-def test_explicit_axes_are_refused_but_by_the_reference():
+def test_axes_of_types_divide_without_a_mesh_in_the_context():
     mesh = jax.make_mesh((4, 2), ("data", "heads"))
     sharding = NamedSharding(mesh, P("data", None, "heads"))
     inputs = [jax.device_put(x, sharding) for x in arrays()]
-    with pytest.raises(ValueError, match=r"^query must not be divided over explicit"):
-        jax.jit(attend)(*inputs)
-    got = jax.jit(definition)(*inputs)
-    np.testing.assert_allclose(got, definition(*arrays()), rtol=2e-5, atol=2e-6)
+    for function in (attend, definition):
+        got = jax.jit(function)(*inputs)
+        assert got.sharding.spec == P("data", None, "heads", None)
+        np.testing.assert_allclose(got, definition(*arrays()), rtol=2e-5, atol=2e-6)
 
 
 def test_a_kernel_that_was_named_raises_its_reason():
@@ -273,7 +268,8 @@ def test_explain_knows_when_a_program_is_divided():
     assert call.kernels["cuda"] == "cudnn"
     assert call.kernels["cuda, divided by XLA"] == "blockwise"
     assert call.reasons["cuda, divided by XLA"] == {
-        "cudnn": "JAX divides it only in some ways; call it inside jax.shard_map"
+        "cudnn": "JAX divides it only in some ways: "
+        "give the mesh explicit axes, or rules"
     }
 
 

@@ -98,7 +98,7 @@ def unwise(call: Call) -> str | None:
 
 
 def indivisible(call: Call) -> str | None:
-    return "JAX divides it only in some ways; call it inside jax.shard_map"
+    return "JAX divides it only in some ways: give the mesh explicit axes, or rules"
 
 
 def forward(call: Call, *, precision: Precision = None) -> tuple[OutHeads, Array]:

@@ -71,7 +71,7 @@ def unwise(call: Call) -> str | None:
 
 
 def indivisible(call: Call) -> str | None:
-    return "XLA cannot divide it among devices; call it inside jax.shard_map"
+    return "XLA cannot divide it among devices: give the mesh explicit axes, or rules"
 
 
 def forward(
