@@ -156,10 +156,13 @@ def _make_folder(folder: pathlib.Path) -> int:
     """Makes it, and returns what has it locked while this process lives."""
     while True:
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # somebody took it for left behind
+            continue
         with contextlib.suppress(OSError):  # where it cannot be, others cannot either
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else somebody took it for left behind
+        if folder.exists():
             return lock
         os.close(lock)
 
