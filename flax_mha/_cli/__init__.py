@@ -42,21 +42,25 @@ def program() -> None:
     """Runs the command line, and ends the process."""
     # When Orbax fails, TensorStore's threads go on, and find nobody to report to.
     sys.unraisablehook = lambda _: None
-    terminated = []
+    stopped = []
 
-    def terminate(*_):  # as an interrupt does, so that nothing half-written stays
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        terminated.append(128 + signal.SIGTERM)
-        sys.exit(*terminated)
+    def stop(number, _):
+        signal.signal(number, signal.SIG_IGN)  # tidying is not stopped too
+        stopped.append(number)
+        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if (
+            signal.getsignal(number) != signal.SIG_IGN
+        ):  # as shells say in the background
+            signal.signal(number, stop)
     code = 0
     try:
         code = main()
     except BaseException:  # a library may have made another error of it
-        if not terminated:
+        if not stopped:
             raise
-    sys.exit(terminated[0] if terminated else code)
+    sys.exit(128 + stopped[0] if stopped else code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,17 +153,22 @@ program()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_ended_leaves_what_was_there(tmp_path, number):
     paths = [tmp_path / "a.safetensors", tmp_path / "out.safetensors"]
     save_safetensors(paths[0], ATTENTION)
     save_params(paths[1], TREE)
     before = files_below(tmp_path)
-    run = subprocess.run([sys.executable, "-c", STRUCK, str(int(number)), *paths])
+    run = subprocess.run(
+        [sys.executable, "-c", STRUCK, str(int(number)), *paths],
+        capture_output=True,
+        text=True,
+    )
     if number == signal.SIGKILL:
         assert run.returncode == -signal.SIGKILL
         assert files_below(tmp_path).items() > before.items()
         save_params(paths[1], TREE, overwrite=True)  # the next one tidies
     else:
-        assert run.returncode == 128 + signal.SIGTERM
+        assert run.returncode == 128 + number
+        assert run.stderr == "flax-mha: interrupted\n"
     assert files_below(tmp_path) == before
