@@ -115,6 +115,7 @@ FAMILIES: dict[str, Family] = {
     "nanogpt": Family(
         ("c_attn",), "c_proj", buffers=_CAUSAL, unseen=_ROTARY, unseen_with=("in",)
     ),
+    "bark": Family(("att_proj",), "out_proj", buffers=_CAUSAL),
     # GPTBigCode with as many heads of keys as of queries
     "gpt_bigcode": Family(
         ("c_attn",), "c_proj", by_head=True, buffers=_CAUSAL, told="multi_query: False"
@@ -160,7 +161,9 @@ FAMILIES: dict[str, Family] = {
     "espnet": Family(("linear_q", "linear_k", "linear_v"), "linear_out"),
     # opacus' DPMultiheadAttention
     "opacus": Family(("qlinear", "klinear", "vlinear"), "out_proj"),
+    # tutorials
     "q_linear": Family(("q_linear", "k_linear", "v_linear"), "out"),
+    "w_q": Family(("W_q", "W_k", "W_v"), "W_o"),
 }
 
 # Names that only attention of other kinds has.

@@ -21,6 +21,7 @@ import transformers
 from diffusers.models.attention_processor import Attention
 from torch.nn import functional as F
 from transformers.models.albert import modeling_albert
+from transformers.models.bark import modeling_bark
 from transformers.models.bert import modeling_bert
 from transformers.models.bloom import modeling_bloom
 from transformers.models.deberta_v2 import modeling_deberta_v2
@@ -197,6 +198,11 @@ def big_code():
     return modeling_gpt_bigcode.GPTBigCodeAttention(config, layer_idx=0)
 
 
+def bark():
+    config = modeling_bark.BarkSubModelConfig(hidden_size=WIDTH, num_heads=HEADS)
+    return modeling_bark.BarkSelfAttention(config)
+
+
 def prophetnet():
     config = transformers.ProphetNetConfig(hidden_size=WIDTH)
     return modeling_prophetnet.ProphetNetAttention(config, HEADS)
@@ -267,6 +273,7 @@ CASES = {
         first,
         mask=CAUSAL,
     ),
+    "bark": Case("bark", bark, first),
     "gpt_bigcode": Case(
         "gpt_bigcode", big_code, gpt2, mask=CAUSAL, config={"multi_query": False}
     ),
@@ -331,6 +338,7 @@ LAYOUTS = {
         "flash_attn", layout(["Wqkv"], "out_proj"), alone, said="attention"
     ),
     "opacus": Case("opacus", layout([f"{n}linear" for n in "qkv"], "out_proj"), alone),
+    "w_q": Case("w_q", layout([f"W_{n}" for n in "qkv"], "W_o"), alone),
     "q_linear": Case("q_linear", layout([f"{n}_linear" for n in "qkv"], "out"), alone),
 }
 EVERY = CASES | LAYOUTS
