@@ -120,8 +120,14 @@ def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
         _entry(by_rules(name, size, mesh)[0]) if isinstance(name, str) else name
         for name, size in zip(names, x.shape, strict=True)
     ]
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
-    return lax.with_sharding_constraint(x, sharding)
+    place: Any = jax.P(*spec)
+    if jax.sharding.get_abstract_mesh().empty:
+        place = jax.sharding.NamedSharding(mesh, place)
+    return _constrain(x, place)
+
+
+# Compiled, it takes what lies on no mesh yet, as eager calls may have.
+_constrain = jax.jit(lax.with_sharding_constraint, static_argnums=1)
 
 
 def ruled_axes(mesh: Any) -> frozenset[str]:

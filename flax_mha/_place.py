@@ -61,6 +61,15 @@ class Place(NamedTuple):
                     "out, so that it is over all axes, or call the layer outside of it."
                 )
             return None
+        if not all(isinstance(size, int) for size in call.logits):
+            # Exported with `jax.shard_map` inside, it could not be called.
+            if any(found.values()):
+                raise ValueError(
+                    "all sizes must be known where explicit mesh axes divide the call, "
+                    f"{found}; got {call.logits} (batch, heads, tgt, src): export it "
+                    "without a mesh."
+                )
+            return None
         ruled, left_out = _mesh.ruled_axes(mesh), []
         if not mesh.explicit_axes and not ruled:
             return None

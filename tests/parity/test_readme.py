@@ -19,6 +19,7 @@ GUIDE = ROOT / "docs" / "converting.md"
 RAGGED = ROOT / "docs" / "ragged.md"
 TRAINING = ROOT / "docs" / "training.md"
 DECODING = ROOT / "docs" / "decoding.md"
+MESHES = ROOT / "docs" / "meshes.md"
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def run_commands(block):
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("page", [RAGGED, TRAINING], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [RAGGED, TRAINING, MESHES], ids=lambda page: page.name)
 def test_a_reader_can_run_a_page_from_top_to_bottom(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = {}
@@ -94,7 +95,7 @@ def test_the_drawing_of_blocks_is_of_those_that_are_computed():
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", GUIDE, RAGGED, TRAINING, DECODING],
+    [ROOT / "README.md", GUIDE, RAGGED, TRAINING, DECODING, MESHES],
     ids=lambda page: page.name,
 )
 def test_every_file_that_a_page_names_exists(page):
