@@ -181,6 +181,17 @@ def test_convert_says_how_many_attention_layers_there_are(folder, capsys):
     assert "wrote norm: 1 parameters; attention layers: none\n" in out
 
 
+def test_a_number_of_heads_that_contradicts_config_json_is_told(folder, capsys):
+    (folder / "config.json").write_text('{"num_attention_heads": 4}')
+    out = run(capsys, "convert", "model.safetensors", "flax", *OPTIONS)
+    assert (
+        "config.json says other numbers of heads: model.layers.0.self_attn 4, not 2, "
+        "model.layers.1.self_attn 4, not 2\n" in out
+    )
+    out = run(capsys, "convert", "model.safetensors", "same", *OPTIONS[2:])
+    assert "says other" not in out
+
+
 def test_biases_that_were_not_there_stay_away_or_come_back_if_told(folder, capsys):
     whisper = {f"{n}.weight": normal(8, 8) for n in ("q_proj", "k_proj", "v_proj")}
     whisper |= {"out_proj.weight": normal(8, 8), "out_proj.bias": normal(8)}

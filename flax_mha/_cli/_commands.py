@@ -16,6 +16,7 @@ from flax_mha import convert
 from flax_mha._cli._messages import message
 from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._arrays import Spec, few, specs
+from flax_mha.convert._config import heads_in
 from flax_mha.convert._draft import draft_tree
 from flax_mha.convert._files.replacing import check_file, check_params
 
@@ -47,6 +48,7 @@ def convert_(args: argparse.Namespace) -> int:
     absent = [key for entry in conversion.entries for key in entry.absent]
     if absent:
         print_lines([f"zeros for biases that PyTorch's layers lack: {few(absent)}"])
+    print_lines(_other_heads(checkpoint.config or {}, conversion.layers))
     count, layers = len(conversion.entries), len(conversion.layers) or "none"
     print_lines(
         [
@@ -208,6 +210,19 @@ def _num_heads(rules: Mapping[str, int]) -> int | dict[str, int] | None:
     """Returns what `plan_tree` takes: one number for all layers, or one by pattern."""
     numbers = dict(sorted(rules.items(), key=lambda rule: rule[0] == ".*"))  # the last
     return numbers[".*"] if list(numbers) == [".*"] else numbers or None
+
+
+def _other_heads(
+    config: Mapping[str, Any], layers: Sequence["convert.ConvertedLayer"]
+) -> list[str]:
+    """Says where config.json has another number of heads than the options."""
+    known = heads_in(config, [layer.prefix for layer in layers])
+    other = [
+        f"{layer.prefix} {known[layer.prefix]}, not {layer.num_heads}"
+        for layer in layers
+        if known.get(layer.prefix, layer.num_heads) != layer.num_heads
+    ]
+    return [f"config.json says other numbers of heads: {few(other, 4)}"] * bool(other)
 
 
 def _empty(conversion: "convert.Conversion") -> list[str]:
