@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax_mha._cli import _commands, _inspect
-from flax_mha._cli._messages import one_line
-from flax_mha._cli._tables import shown
+from flax_mha._cli._messages import one_line, shown
 
 _EXAMPLES = """\
 examples:
@@ -65,10 +63,10 @@ def program() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    args = _parser().parse_args(argv)
     for name in ("absl", "asyncio"):  # Orbax's warnings, and tasks it left behind
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        args = _parser().parse_args(argv)
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"flax-mha: {shown(one_line(error))}", file=sys.stderr)
@@ -79,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Not before: what they import takes a while, in which one may interrupt.
+    from flax_mha._cli import _commands, _inspect
+
     parser = argparse.ArgumentParser(
         prog="flax-mha",
         description="PyTorch checkpoints to Flax parameters and back.",

@@ -8,17 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from flax_mha._cli._messages import shown
+
 
 def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         print(shown(line))
-
-
-def shown(text: str) -> str:
-    """Returns a text without what a terminal would obey, in names of a file say."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
