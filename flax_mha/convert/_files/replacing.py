@@ -51,7 +51,11 @@ def replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
         yield new
         for inside in [*new.rglob("*"), new]:
             _sync(inside)
-        _put(new, path, overwrite)
+        try:
+            _put(new, path, overwrite)
+        except FileExistsError:
+            check(given, overwrite)  # which says so by the caller's name
+            raise
         _sync(path.parent)
         shutil.rmtree(folder, ignore_errors=True)
         tidy = True
@@ -118,7 +122,8 @@ def _put(new: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:
         if not _rename(new, path, _SWAP):
             _replace_folder(new, path)
     elif not _rename(new, path, _IF_NEW):
-        check(path, overwrite)
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         new.rename(path)
 
 
@@ -140,8 +145,6 @@ def _rename(new: pathlib.Path, path: pathlib.Path, how: int) -> bool:
     if call(_HERE, os.fsencode(new), _HERE, os.fsencode(path), how) == 0:
         return True
     code = ctypes.get_errno()
-    if code == errno.EEXIST:
-        check(path, overwrite=False)
     if code not in _UNKNOWN:
         raise OSError(code, os.strerror(code), str(path))
     return False
