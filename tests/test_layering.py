@@ -54,7 +54,7 @@ LAYERS = [
     ["convert._layer", "convert._nested", "convert._stock", "convert._tree"],
     ["convert._verify"],
     ["convert"],
-    ["_cli._messages"],
+    ["_cli._messages", "_cli._signals"],
     ["_cli._tables"],
     ["_cli._commands", "_cli._inspect"],
     ["_cli"],

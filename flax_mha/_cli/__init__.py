@@ -2,11 +2,11 @@
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flax_mha._cli import _signals
 from flax_mha._cli._messages import one_line, shown
 
 _EXAMPLES = """\
@@ -40,25 +40,14 @@ def program() -> None:
     """Runs the command line, and ends the process."""
     # When Orbax fails, TensorStore's threads go on, and find nobody to report to.
     sys.unraisablehook = lambda _: None
-    stopped = []
-
-    def stop(number, _):
-        signal.signal(number, signal.SIG_IGN)  # tidying is not stopped too
-        stopped.append(number)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):  # as shells say in the background
-            signal.signal(number, stop)
+    _signals.end_at_once()
     code = 0
     try:
         code = main()
-    except BaseException:  # a library may have made another error of it
-        if not stopped:
+    except BaseException:  # a library may have made another error of an interrupt
+        if not _signals.stopped:
             raise
-    sys.exit(128 + stopped[0] if stopped else code)
+    sys.exit(128 + _signals.stopped[0] if _signals.stopped else code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Not before: what they import takes a while, in which one may interrupt.
+    # Not before `end_at_once`: what they import takes a while.
     from flax_mha._cli import _commands, _inspect
 
     parser = argparse.ArgumentParser(

@@ -1,6 +1,7 @@
 """What each command does. The first line of its docstring is its help."""
 
 import argparse
+import importlib
 import os
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from flax_mha import convert
+from flax_mha._cli import _signals
 from flax_mha._cli._messages import message
 from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._arrays import Spec, few, specs
@@ -240,6 +242,9 @@ def _bytes(spec: Spec) -> int:
 
 
 def _progress() -> Progress:
+    """Returns what shows long work, which from here on ends tidily."""
+    importlib.import_module("jax")
+    _signals.end_tidily()
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 

@@ -87,8 +87,10 @@ def save_params(
         _write_file(path, named, {OURS: text or "null"}, overwrite)
         return
     _check_elements(flat)
+    import orbax.checkpoint as ocp  # takes a while; before there is anything to tidy
+
     with replacing.replacing(path, overwrite) as new:
-        _save_orbax(new, flat)
+        _save_orbax(ocp.PyTreeCheckpointer(), new, flat)
         if text is not None:
             (new / OURS_IN_FOLDER).write_text(text)
 
@@ -128,9 +130,9 @@ def _check_elements(flat: Mapping[tuple[str, ...], Any]) -> None:
         )
 
 
-def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
-    import orbax.checkpoint as ocp
-
+def _save_orbax(
+    checkpointer: Any, path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]
+) -> None:
     tree = unflatten_dict(
         {
             names: leaf if isinstance(leaf, jax.Array) else as_numpy(leaf, str(names))
@@ -138,7 +140,7 @@ def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None
         }
     )
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with checkpointer:
             checkpointer.save(path.absolute(), tree)
     except ValueError as error:  # TensorStore's, also where the system failed
         code = re.search(r"os_error_code='(\d+)'", str(error))
