@@ -14,7 +14,9 @@ def draw(options, settle, rng):
     Args:
         settle: Changes, in place, values that exclude each other.
     """
-    config = {name: values[rng.integers(len(values))] for name, values in options.items()}
+    config = {
+        name: values[rng.integers(len(values))] for name, values in options.items()
+    }
     config["numbers"] = int(rng.integers(2**31))
     settle(config)
     return config
