@@ -141,9 +141,10 @@ def ruled_axes(mesh: Any) -> frozenset[str]:
 
 def resharded(x: Any, spec: Sequence[Axes], mesh: Any) -> Any:
     """Divides an array over those of the axes that are explicit."""
-    explicit = () if mesh is None else mesh.explicit_axes
-    spec = tuple(tuple(a for a in axes if a in explicit) for axes in spec)
-    if not explicit or spec == explicit_spec(x):
+    if mesh is None or not mesh.explicit_axes:
+        return x
+    spec = tuple(tuple(a for a in axes if a in mesh.explicit_axes) for axes in spec)
+    if spec == explicit_spec(x):
         return x
     sharding = jax.sharding.NamedSharding(mesh, partition_spec(spec))
     return jax.sharding.reshard(x, sharding)

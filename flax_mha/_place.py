@@ -76,7 +76,8 @@ class Place(NamedTuple):
         for name, size in zip(found, call.logits, strict=False):
             if name in layout.rows:
                 axes, why_not = _mesh.by_rules(name, size, mesh)
-                found[name] += axes
+                # Of one, mesh axes of size 1 divide nothing.
+                found[name] = found[name] + axes if size != 1 else ()
                 left_out += [why_not] if why_not else []
         left = tuple(axis for axis in mesh.auto_axes if axis not in ruled)
         return cls(mesh, **found, left_to_xla=left, left_out=tuple(left_out))

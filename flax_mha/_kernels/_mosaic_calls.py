@@ -7,7 +7,6 @@ the logits of the next one are begun before the softmax of this one.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -189,7 +188,7 @@ class _Tile:
         if setting.rate is None:
             return probs[0] if len(probs) == 1 else probs
         b, h, i = self.place
-        seeds = [lax.convert_element_type(self.seeds[n], jnp.uint32) for n in range(2)]
+        seeds: Any = [self.seeds[n].astype(jnp.uint32) for n in range(2)]
         part = Part(*(self.seeds[n] for n in range(2, 5)))
         dropout = Dropout(seeds, setting.rate, part)
         tgt_len = setting.logits[2]

@@ -11,13 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._call import Call, Gradients
-from flax_mha._dropout import Dropout, Part
+from flax_mha._dropout import Dropout
+from flax_mha._kernels._blocks import few_logits
 from flax_mha._kernels._softmax import delta_of
 from flax_mha._masks import Mask
 from flax_mha._typing import Array, OutHeads, Precision
 
 _MOST_KEYS = 8192  # of a head, in the vector memory
 _TILE = 512  # rows of a block, and columns of a chunk
+
+
+DIFFERENTIATES_MASKS = False
 
 
 @functools.cache
@@ -45,7 +49,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def unwise(call: Call) -> str | None:
-    return None
+    return few_logits(call.logits)
 
 
 def indivisible(call: Call) -> str | None:
@@ -147,7 +151,7 @@ def _work(call: Call, precision: Precision, interpret: bool) -> tuple[Any, Any]:
 
 
 def _bias_of_keys(mask: Mask, src_len: int, src: int) -> Array | None:
-    """Returns what masks that are the same for all queries add, (#batch, #heads, src)."""
+    """Returns what masks of keys alone add, (#batch, #heads, src)."""
     parts = dataclasses.replace(
         mask,
         is_causal=False,
@@ -172,10 +176,11 @@ def _masks_of_rows(mask: Mask) -> list[tuple[Array, int]]:
 
 def _numbers(dropout: Dropout, call: Call) -> Array:
     """Returns what `Dropout` holds, as integers."""
-    part = dropout.part or Part(0, 0, call.logits[1])
     seeds = lax.bitcast_convert_type(dropout.seed, jnp.int32)
-    rest = [jnp.asarray(x, jnp.int32) for x in part]
-    return jnp.concatenate([seeds, jnp.stack(rest)])
+    part: Any = dropout.part or (0, 0, call.logits[1])
+    return jnp.concatenate(
+        [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in part])]
+    )
 
 
 def _rows_last(x: Array, length: int) -> Array:
