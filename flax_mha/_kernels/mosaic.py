@@ -19,6 +19,10 @@ from flax_mha._typing import Array, OutHeads, Precision
 
 _MOST_KEYS = 8192  # of a head, in the vector memory
 _TILE = 512  # rows of a block, and columns of a chunk
+# Rows of a block in the forward pass that visits all keys, if these are few enough for
+# the compiler. Compiled for v5e and v6e, 512 takes up to an eighth more cycles.
+_TALL = 1024
+_FEW_KEYS = 4096
 
 
 DIFFERENTIATES_MASKS = False
@@ -62,7 +66,7 @@ def forward(
     """As that of all kernels; see `_kernels`. `interpret` runs it on any platform."""
     from flax_mha._kernels import _mosaic_calls
 
-    setting, shared = _work(call, precision, interpret)
+    setting, shared = _work(call, precision, interpret, tall=True)
     value = _rows_last(call.value, _padded(setting.columns, call.key.shape[1]))
     shared = shared._replace(value=value)
     out, maximum, total = _mosaic_calls.forward(setting, shared)
@@ -112,18 +116,31 @@ def backward(
     )
 
 
-def _work(call: Call, precision: Precision, interpret: bool) -> tuple[Any, Any]:
-    """Returns the setting of the kernels, and what they share, without values."""
+def _work(
+    call: Call, precision: Precision, interpret: bool, tall: bool = False
+) -> tuple[Any, Any]:
+    """Returns the setting of the kernels, and what they share, without values.
+
+    Args:
+        tall: Blocks may have more rows.
+    """
     from flax_mha._kernels._mosaic_calls import Setting, Shared
 
     query, key, _, mask, scale, dropout, _ = call
     batch, _, tgt_len, src_len = call.logits
     tile = _TILE if query.dtype == jnp.bfloat16 and query.shape[3] <= 128 else 256
     masks = _masks_of_rows(mask)
-    rows = min(256 if masks and src_len > 4096 else tile, _padded(128, tgt_len))
-    columns = min(tile, _padded(128, src_len))
-    tgt, src = _padded(rows, tgt_len), _padded(columns, src_len)
+    columns = _part(src_len, tile)
+    src = _padded(columns, src_len)
     bias = _bias_of_keys(mask, src_len, src)
+    skips = mask.is_causal or bias is not None
+    limit = tile
+    if masks and src_len > _FEW_KEYS:
+        limit = 256
+    elif tall and tile == _TILE and src_len <= _FEW_KEYS and not (masks or skips):
+        limit = _TALL
+    rows = _part(tgt_len, limit)
+    tgt = _padded(rows, tgt_len)
     visible = jnp.ones((batch, src // columns), jnp.int32)
     if bias is not None:
         chunks = bias.reshape(len(bias), -1, src // columns, columns)
@@ -134,7 +151,7 @@ def _work(call: Call, precision: Precision, interpret: bool) -> tuple[Any, Any]:
         rows,
         columns,
         covered=src_len - mask.open_columns if mask.is_causal else None,
-        skips=mask.is_causal or bias is not None,
+        skips=skips,
         rate=None if dropout is None else dropout.rate,
         precision=_precision(precision),
         interpret=interpret,
@@ -191,6 +208,12 @@ def _rows_last(x: Array, length: int) -> Array:
 def _rows_first(x: Array, length: int) -> Array:
     """Undoes `_rows_last`."""
     return x[..., :length].transpose(0, 3, 1, 2)
+
+
+def _part(length: int, most: int) -> int:
+    """Returns the size of as few parts as `most` allows, all but equal."""
+    parts = -(-length // most)
+    return _padded(128, -(-length // parts))
 
 
 def _padded(multiple: int, length: int) -> int:

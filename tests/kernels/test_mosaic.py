@@ -32,6 +32,7 @@ CASES = {
     "one-query": (Mask(), 1, 7, 32, "float32", None),
     "several-blocks": (Mask(), 600, 130, 256, "float32", None),
     "bfloat16": (Mask(), 130, 600, 80, "bfloat16", None),
+    "tall-blocks": (Mask(), 1100, 600, 64, "bfloat16", 0.1),
     "causal": (Mask(is_causal=True), 300, 600, 32, "float32", None),
     "causal-open": (Mask(is_causal=True, open_columns=3), 300, 300, 32, "float32", 0.3),
     "padding": (Mask(blocked=(padding(700, 100, 700),)), 130, 700, 32, "float32", None),
@@ -103,6 +104,14 @@ def test_output_and_gradients(name):
         np.testing.assert_allclose(
             got / largest, want / largest, atol=tolerance, rtol=0
         )
+
+
+@pytest.mark.parametrize(
+    "length, most, size",
+    [(1, 512, 128), (577, 1024, 640), (577, 512, 384), (1100, 1024, 640)],
+)
+def test_lengths_are_rounded_to_the_register_and_not_to_the_block(length, most, size):
+    assert mosaic._part(length, most) == size
 
 
 def test_a_part_drops_what_the_whole_does():
