@@ -5,6 +5,7 @@ It lays arrays as its kernels want them, which are in `_mosaic_calls`.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,12 +19,12 @@ from flax_mha._masks import Mask
 from flax_mha._typing import Array, OutHeads, Precision
 
 _MOST_KEYS = 8192  # of a head, in the vector memory
+_MOST_MIB = 36  # of the vector memory, beside what is computed
 _TILE = 512  # rows of a block, and columns of a chunk
 # Rows of a block in the forward pass that visits all keys, if these are few enough for
 # the compiler. Compiled for v5e and v6e, 512 takes up to an eighth more cycles.
 _TALL = 1024
 _FEW_KEYS = 4096
-
 
 DIFFERENTIATES_MASKS = False
 
@@ -47,12 +48,17 @@ def unsupported(call: Call) -> str | None:
         return "it takes no empty arrays"
     if call.logits[3] > _MOST_KEYS:
         return f"it takes up to {_MOST_KEYS} keys, not {call.logits[3]}"
+    mib = _vector_memory(call) / 2**20
+    if mib > _MOST_MIB:
+        return f"keys, values and masks take {mib:.3g} MiB of a vector memory"
     if len(mask.attn_bias) > 1 and any(x.dtype.itemsize < 4 for x in mask.attn_bias):
         return "it does not round the sum of several float masks"
     return None
 
 
 def unwise(call: Call) -> str | None:
+    if _copied(call) > 4 * math.prod(call.logits) / 16:
+        return "it would copy a mask that is nearly as large as all the logits"
     return few_logits(call.logits)
 
 
@@ -128,7 +134,7 @@ def _work(
 
     query, key, _, mask, scale, dropout, _ = call
     batch, _, tgt_len, src_len = call.logits
-    tile = _TILE if query.dtype == jnp.bfloat16 and query.shape[3] <= 128 else 256
+    tile = _tile(call)
     masks = _masks_of_rows(mask)
     columns = _part(src_len, tile)
     src = _padded(columns, src_len)
@@ -189,6 +195,36 @@ def _masks_of_rows(mask: Mask) -> list[tuple[Array, int]]:
             is_read = x.dtype in (jnp.float32, jnp.bfloat16)
             masks.append((x if is_read else x.astype(jnp.float32), 0))
     return masks
+
+
+def _tile(call: Call) -> int:
+    is_small = call.query.dtype == jnp.bfloat16 and call.query.shape[3] <= 128
+    return _TILE if is_small else 256
+
+
+def _vector_memory(call: Call) -> int:
+    """Returns the bytes that the backward pass holds of all keys of a head."""
+    dims = call.query.shape[3], call.value.shape[3]
+    # Everything is there twice: the next step's is fetched meanwhile.
+    size = 2 * call.query.dtype.itemsize * sum(_padded(128, dim) for dim in dims)
+    size += 2 * 4 * sum(dims)  # gradients
+    mask, src_len = call.mask, call.logits[3]
+    rows = 256 if src_len > _FEW_KEYS else _tile(call)
+    masks = (*mask.allowed, *mask.blocked, *mask.attn_bias)
+    size += 2 * rows * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
+    size += 2 * 4 * 128 * any(x.shape[2] == 1 for x in masks)
+    return size * src_len
+
+
+def _copied(call: Call) -> int:
+    """Returns the bytes of masks that are not read as they lie."""
+    mask, whole = call.mask, call.logits[2] % 128 == 0 == call.logits[3] % 128
+    is_whole = whole and not mask.open_columns
+    sizes = [math.prod(x.shape) for x in (*mask.allowed, *mask.blocked)]
+    for x in mask.attn_bias:
+        if not is_whole or x.dtype not in (jnp.float32, jnp.bfloat16):
+            sizes.append(math.prod(x.shape) * max(x.dtype.itemsize, 2))
+    return sum(sizes)
 
 
 def _numbers(dropout: Dropout, call: Call) -> Array:
