@@ -11,7 +11,7 @@ from jax import lax
 _NAMES = ("batch", "heads", "embed")  # that rules may divide
 
 Rules = Sequence[tuple[str, Any]]  # as Flax has them
-_Axes = tuple[str, ...]  # of a mesh
+Axes = tuple[str, ...]  # of a mesh
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
@@ -42,8 +42,8 @@ class Division(NamedTuple):
     """How a product of rows and features is divided over explicit axes."""
 
     mesh: Any  # None: XLA decides, or there is nothing to divide
-    rows: tuple[_Axes, ...] = ()
-    features: tuple[_Axes, ...] = ()
+    rows: tuple[Axes, ...] = ()
+    features: tuple[Axes, ...] = ()
 
     @classmethod
     def of(cls, x: jax.Array, weight: Any, contracted: int) -> "Division":
@@ -62,14 +62,14 @@ class Division(NamedTuple):
         )
         return cls(mesh, explicit_spec(x)[:-contracted], features)
 
-    def options(self, *spec: _Axes) -> dict[str, Any]:
+    def options(self, *spec: Axes) -> dict[str, Any]:
         """Returns `out_sharding` of a product whose result has these axes."""
         if self.mesh is None:
             return {}
         sharding = jax.sharding.NamedSharding(self.mesh, partition_spec(spec))
         return dict(out_sharding=sharding)
 
-    def put(self, x: Any, *spec: _Axes) -> Any:
+    def put(self, x: Any, *spec: Axes) -> Any:
         """Returns an array that has these axes, divided so."""
         return x if self.mesh is None else resharded(x, spec, self.mesh)
 
@@ -82,13 +82,13 @@ def is_mapped_over() -> bool:
     return get_axis_env is not None and bool(get_axis_env().spmd_axis_names)
 
 
-def explicit_spec(x: Any) -> tuple[_Axes, ...]:
+def explicit_spec(x: Any) -> tuple[Axes, ...]:
     """Returns the explicit mesh axes that divide each axis of an array."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return tuple(as_tuple(axes) for axes in spec + (None,) * (x.ndim - len(spec)))
 
 
-def by_rules(name: str, size: Any, mesh: Any) -> tuple[_Axes, str | None]:
+def by_rules(name: str, size: Any, mesh: Any) -> tuple[Axes, str | None]:
     """Returns the Auto axes that Flax's rules give for an axis of an array.
 
     Args:
@@ -120,8 +120,14 @@ def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
         _entry(by_rules(name, size, mesh)[0]) if isinstance(name, str) else name
         for name, size in zip(names, x.shape, strict=True)
     ]
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
-    return lax.with_sharding_constraint(x, sharding)
+    place: Any = jax.P(*spec)
+    if jax.sharding.get_abstract_mesh().empty:
+        place = jax.sharding.NamedSharding(mesh, place)
+    return _constrain(x, place)
+
+
+# Compiled, it takes what lies on no mesh yet, as eager calls may have.
+_constrain = jax.jit(lax.with_sharding_constraint, static_argnums=1)
 
 
 def ruled_axes(mesh: Any) -> frozenset[str]:
@@ -131,7 +137,7 @@ def ruled_axes(mesh: Any) -> frozenset[str]:
     return frozenset().union(*axes)
 
 
-def resharded(x: Any, spec: Sequence[_Axes], mesh: Any) -> Any:
+def resharded(x: Any, spec: Sequence[Axes], mesh: Any) -> Any:
     """Divides an array over explicit axes, if the mesh has any."""
     if mesh is None or not mesh.explicit_axes or tuple(spec) == explicit_spec(x):
         return x
@@ -162,7 +168,7 @@ def place_by_names(x: jax.Array, names: tuple[str, ...], rules: Rules) -> jax.Ar
 
 def spec_by_names(
     names: Sequence[str], shape: Sequence[int], rules: Rules, mesh: Any
-) -> list[_Axes]:
+) -> list[Axes]:
     """Returns the mesh axes that divide each axis of a parameter.
 
     Args:
@@ -187,11 +193,11 @@ def spec_by_names(
     return spec
 
 
-def partition_spec(spec: Iterable[_Axes]) -> jax.P:
+def partition_spec(spec: Iterable[Axes]) -> jax.P:
     return jax.P(*map(_entry, spec))
 
 
-def _axes_of(name: str, rules: Rules, mesh_axes: Any) -> _Axes:
+def _axes_of(name: str, rules: Rules, mesh_axes: Any) -> Axes:
     for rule, axes in rules:
         found = tuple(axis for axis in as_tuple(axes) if axis in mesh_axes)
         if rule == name and (found or not axes):
@@ -199,10 +205,10 @@ def _axes_of(name: str, rules: Rules, mesh_axes: Any) -> _Axes:
     return ()
 
 
-def as_tuple(axes: Any) -> _Axes:
+def as_tuple(axes: Any) -> Axes:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def _entry(axes: _Axes) -> Any:
+def _entry(axes: Axes) -> Any:
     """Returns these as `PartitionSpec` has them."""
     return None if not axes else axes[0] if len(axes) == 1 else axes

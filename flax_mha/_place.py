@@ -26,9 +26,9 @@ class Place(NamedTuple):
     """The mesh axes that divide the sequences of a call, and its heads."""
 
     mesh: Any
-    batch: tuple[str, ...]
-    heads: tuple[str, ...]
-    left_to_xla: tuple[str, ...]  # Auto axes that no rule speaks of
+    batch: _mesh.Axes
+    heads: _mesh.Axes
+    left_to_xla: _mesh.Axes  # Auto axes that no rule speaks of
     left_out: tuple[str, ...]  # in words: what rules say that cannot be
 
     @classmethod
@@ -44,7 +44,7 @@ class Place(NamedTuple):
         mesh = _mesh.mesh_of(call.query)
         if mesh is None or _mesh.is_mapped_over():
             return None
-        found: dict[str, tuple[str, ...]] = dict(batch=(), heads=())
+        found: dict[str, _mesh.Axes] = dict(batch=(), heads=())
         for argument in ("query", "key", "value"):
             names = layout.rows if argument == "query" else layout.columns
             spec = _mesh.explicit_spec(getattr(call, argument))
@@ -59,6 +59,15 @@ class Place(NamedTuple):
                     f"explicit mesh axes divide the call, {found}, inside a "
                     f"jax.shard_map over {mesh.manual_axes} only: leave its axis_names "
                     "out, so that it is over all axes, or call the layer outside of it."
+                )
+            return None
+        if not all(isinstance(size, int) for size in call.logits):
+            # Exported with `jax.shard_map` inside, it could not be called.
+            if any(found.values()):
+                raise ValueError(
+                    "all sizes must be known where explicit mesh axes divide the call, "
+                    f"{found}; got {call.logits} (batch, heads, tgt, src): export it "
+                    "without a mesh."
                 )
             return None
         ruled, left_out = _mesh.ruled_axes(mesh), []
@@ -90,12 +99,12 @@ class Place(NamedTuple):
         return Part(
             sequence=lax.axis_index(self.batch) * batch,
             head=lax.axis_index(self.heads) * heads,
-            num_heads=np.int32(heads * parts),
+            num_heads=np.asarray(heads * parts, np.int32),
         )
 
     def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> jax.P:
         """Returns how an array is divided whose first axes have these names."""
-        divided = dict(batch=self.batch, heads=self.heads)
+        divided: dict[Any, _mesh.Axes] = dict(batch=self.batch, heads=self.heads)
         # What an axis has only one of is the same for all.
         pairs = zip(names, shape, strict=False)
         return jax.P(*(divided.get(name, ()) if n != 1 else () for name, n in pairs))
@@ -103,7 +112,7 @@ class Place(NamedTuple):
     def _specs(self, layout: Any, call: Call) -> tuple[Any, Call]:
         """Returns how all arrays are divided, as a tree like that of the arguments."""
 
-        def divided(*names):
+        def divided(*names: str | None) -> Callable[[Any], Any]:
             return lambda x: self.spec(names, x.shape)
 
         whole = jax.tree.map(lambda x: jax.P(), call)

@@ -164,25 +164,26 @@ class MultiheadAttention(nnx.Module):
         kept = self.cache if self.decode else None
         if self.decode:
             cache_checks.has_been_made(kept)
-        out, weights, *cached = multi_head_attention(
-            self._parameters(),
-            query,
-            key,
-            value,
-            key_padding_mask,
-            attn_mask,
-            batch_first=self.batch_first,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-            add_zero_attn=self.add_zero_attn,
-            dropout=self._dropout(deterministic, rngs),
-            cache=None if kept is None else kept.get_value(),
-            dtype=self.dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-            out_proj=self.out_proj,
-        )
+        with nn.logical_axis_rules(self._rules()):
+            out, weights, *cached = multi_head_attention(
+                self._parameters(),
+                query,
+                key,
+                value,
+                key_padding_mask,
+                attn_mask,
+                batch_first=self.batch_first,
+                need_weights=need_weights,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+                add_zero_attn=self.add_zero_attn,
+                dropout=self._dropout(deterministic, rngs),
+                cache=None if kept is None else kept.get_value(),
+                dtype=self.dtype,
+                precision=self.precision,
+                implementation=self.implementation,
+                out_proj=self.out_proj,
+            )
         if kept is not None and key is not None:
             kept.set_value(*cached)
         if sow_weights:
@@ -274,6 +275,11 @@ class MultiheadAttention(nnx.Module):
         params["out_proj.weight"] = self.out_proj.weight
         params["out_proj.bias"] = self.out_proj.bias
         return {name: param[...] for name, param in params.items() if param is not None}
+
+    def _rules(self) -> tuple[Any, ...]:
+        """Returns what divides a call: the weights' own rules, then the context's."""
+        own = self.out_proj.weight.get_metadata().get("sharding_rules") or ()
+        return (*own, *nn.get_logical_axis_rules())
 
     def _dropout(
         self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | Array | None

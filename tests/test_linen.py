@@ -355,3 +355,26 @@ def test_weights_are_sown_on_request(x, variables):
     assert not sown
     with pytest.raises(ValueError, match="need_weights must be True"):
         module().apply(variables, x, x, x, need_weights=False, sow_weights=True)
+
+
+# --- Masks of four axes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [bool, "float64"])
+@pytest.mark.parametrize("lead", [(2, 3), (1, 3), (2, 1), (1, 1)])
+def test_a_mask_of_four_axes_is_that_of_each_head(lead, dtype, getkey):
+    mha = MultiheadAttention(6, 3, batch_first=True, param_dtype=jnp.float64)
+    x = jax.random.normal(getkey(), (2, 5, 6), jnp.float64)
+    params = mha.init(getkey(), x, x, x)
+    mask = jax.random.normal(getkey(), (*lead, 5, 5), jnp.float64)
+    mask = mask > 1 if dtype is bool else mask
+    of_each = jnp.broadcast_to(mask, (2, 3, 5, 5)).reshape(6, 5, 5)
+    for need_weights in (True, False):
+        got, want = (
+            mha.apply(params, x, x, x, attn_mask=m, need_weights=need_weights)
+            for m in (mask, of_each)
+        )
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    if lead[0] == 1:
+        got, _ = mha.apply(params, x[0], x[0], x[0], attn_mask=mask)
+        np.testing.assert_allclose(got, want[0][0], rtol=1e-12)

@@ -16,7 +16,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mha import KeyValueCache, MultiheadAttention, RaggedArray, _place, explain
-from flax_mha.functional import scaled_dot_product_attention
+from flax_mha.functional import (
+    multi_head_attention_forward,
+    scaled_dot_product_attention,
+)
 from flax_mha.sharding import param_shardings
 from tests.collectives import collectives
 
@@ -329,6 +332,25 @@ def test_a_forward_pass_moves_only_the_sum_over_heads(kind, shape, moves):
         assert collectives(jax.jit(layer).lower(params, x).compile()) == moves
 
 
+def test_weights_averaged_over_heads_are_summed_once_not_for_each_block(kind):
+    mesh, context = on_mesh(kind, TENSOR)
+    x = jax.ShapeDtypeStruct((2, 1500, EMBED), "float64")
+    params = jax.eval_shape(MHA.init, jax.random.key(0), x, x, x)["params"]
+    by_batch = NamedSharding(mesh, P("data"))
+    with jax.set_mesh(mesh), context:
+        to = param_shardings(params, mesh), by_batch
+        args = jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
+            (params, x),
+            to,
+        )
+        step = jax.jit(lambda params, x: MHA.apply({"params": params}, x, x, x))
+        text = step.lower(*args).compile().as_text()
+    assert " while(" in text
+    sums = [line for line in text.splitlines() if " all-reduce(" in line]
+    assert sums and not any("while" in line for line in sums)
+
+
 def test_fully_sharded_parameters_are_gathered_and_no_activations(kind):
     """Of sizes at which it would be less to move activations."""
     embed, rules = 1024, (("batch", "data"), ("embed", "data"))
@@ -385,9 +407,69 @@ def test_explicit_axes_may_divide_batch_and_heads_alone():
         layer(params, x)
     assert str(raised.value) == (
         "query must be divided over batch and heads only, but explicit mesh axes "
-        "divide it, (batch, length, heads, head_dim), as P(None, 'tensor', None, None): "
-        "use jax.sharding.reshard before."
+        "divide it, (batch, length, heads, head_dim), as "
+        "P(None, 'tensor', None, None): use jax.sharding.reshard before."
     )
+
+
+def test_explicit_axes_that_a_reshape_would_lose_are_refused():
+    mesh, _ = on_mesh("explicit", ())
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(np.ones((24, 8)), NamedSharding(mesh, P("tensor")))
+        five = jax.device_put(
+            np.ones((2, 2, 4, 6, 8)), NamedSharding(mesh, P(None, "data"))
+        )
+        with pytest.raises(ValueError) as raised:
+            x = np.ones((6, 2, 8))
+            args = (8, 4, weight, *[None] * 3, False, 0.0, np.ones((8, 8)), None)
+            multi_head_attention_forward(x, x, x, *args)
+        assert str(raised.value) == (
+            "axes of in_proj_weight that are q, k and v below each other must not be "
+            "divided over explicit mesh axes, got P('tensor', None): use "
+            "jax.sharding.reshard before."
+        )
+        with pytest.raises(ValueError, match=r"^axes of query that are between"):
+            scaled_dot_product_attention(five, five, five)
+
+
+def test_nothing_need_lie_on_the_mesh_yet(kind):
+    """As in the first lines that people write: eager, and with NumPy's arrays."""
+    mesh, context = on_mesh(kind, TENSOR)
+    _, (params, x, *_) = step_of("plain")
+    with jax.set_mesh(mesh), context:
+        jax.eval_shape(MHA.init, jax.random.key(0), x, x, x)
+        out = layer(MHA.init(jax.random.key(0), x, x, x)["params"], x)
+        assert out.shape == x.shape
+        assert_same(layer(params, x), layer(params, jnp.asarray(x)))
+        jax.grad(loss)(params, x)
+        assert layer(params, jnp.zeros((0, LENGTH, EMBED))).shape[0] == 0
+
+
+def test_symbolic_sizes_are_exported_where_types_divide_nothing():
+    mesh, context = on_mesh("rules", TENSOR)
+    _, (params, x, *_) = step_of("plain")
+    (batch,) = jax.export.symbolic_shape("batch")
+    symbolic = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    want = layer(params, x)
+    with jax.set_mesh(mesh), context:
+        exported = jax.export.export(jax.jit(layer))(params, symbolic)
+        params, x = jax.device_put((params, x), NamedSharding(mesh, P()))
+        assert_same(jax.jit(exported.call)(params, x), want)
+    mesh, _ = on_mesh("explicit", ())
+    with jax.set_mesh(mesh):
+        params, *_ = placed(mesh, "plain", step_of("plain")[1])
+        with pytest.raises(ValueError, match="all sizes must be known where explicit"):
+            jax.export.export(jax.jit(layer))(params, symbolic)
+
+
+def test_a_program_for_a_mesh_is_exported(kind):
+    mesh, context = on_mesh(kind, TENSOR)
+    with jax.set_mesh(mesh), context:
+        params, x, *_ = placed(mesh, "plain", step_of("plain")[1])
+        exported = jax.export.export(jax.jit(layer))(params, x)
+        program = jax.export.deserialize(exported.serialize())
+        assert program.nr_devices == 8
+        assert_same(jax.jit(program.call)(params, x), layer(params, x))
 
 
 def test_explicit_axes_beside_manual_ones_are_refused():

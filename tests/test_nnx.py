@@ -217,6 +217,22 @@ def test_a_params_own_rules_and_mesh_axes_of_its_names_divide_it():
             assert module().in_proj_weight.sharding.is_fully_replicated
 
 
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_calls_are_divided_by_types_or_by_the_rules_of_the_weights(kind):
+    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((2, 3), ("data", "model"), types, devices=jax.devices()[:6])
+    own = dict(sharding_rules=[("heads", "model"), ("batch", "data")])
+    x = jax.random.normal(jax.random.key(0), (2, 4, 12))
+    want, _ = module(batch_first=True)(x, x, x)
+    with jax.set_mesh(mesh):
+        mha = module(batch_first=True, kernel_metadata=own, out_kernel_metadata=own)
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        (call,) = flax_mha.explain(mha, x, x, x)
+        out, _ = nnx.jit(lambda mha, x: mha(x, x, x))(mha, x)
+    assert call.divided == dict(batch=("data",), heads=("model",))
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
+
+
 def test_heads_that_the_mesh_does_not_divide_are_refused_with_both_numbers():
     mesh = jax.make_mesh((8,), ("model",))
     with jax.set_mesh(mesh), nn.logical_axis_rules([("heads", "model")]):

@@ -1,9 +1,11 @@
 """What is checked of `functional`: its parameters, and its bare attention."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from flax_mha import _mesh
 from flax_mha._checks import arguments
 from flax_mha._typing import Array, ArrayLike
 
@@ -55,6 +57,9 @@ def parameters(
         if not any(_has_shape(param, shape) for shape in wanted[torch_name]):
             shape = str(wanted[torch_name][0]).replace("None", "any")
             raise ValueError(f"{name} must have shape {shape}, got {param.shape}.")
+    for name in ("in_proj_weight", "in_proj_bias"):
+        if name in params:
+            _undivided(name, params[name], [0], "q, k and v below each other")
     if "bias_k" in params and params["bias_k"].size != params["bias_v"].size:
         raise ValueError(
             "bias_k and bias_v must have the same shape, got "
@@ -97,6 +102,9 @@ def scaled_dot_product(
         raise ValueError(f"query and key must have the same last axis, got {shapes}.")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"key and value must have the same src_len, got {shapes}.")
+    for name, array in arrays.items():
+        between = range(1, array.ndim - 3)
+        _undivided(name, array, between, "between the batch and the heads")
     leading = [array.shape[:-2] for array in arrays.values()]
     if enable_gqa:
         heads = query.shape[-3]
@@ -136,6 +144,16 @@ def dropout_rng(rate: float, rng: Array | None) -> Array:
             f"dropout_rng must be a JAX random key if dropout_p={rate}, got None."
         )
     return rng
+
+
+def _undivided(name: str, array: ArrayLike, axes: Iterable[int], what: str) -> None:
+    """Checks that no explicit mesh axes divide these, which are `what`."""
+    spec = _mesh.explicit_spec(array)
+    if any(spec[axis] for axis in axes):
+        raise ValueError(
+            f"axes of {name} that are {what} must not be divided over explicit mesh "
+            f"axes, got {_mesh.partition_spec(spec)}: use jax.sharding.reshard before."
+        )
 
 
 def _has_shape(array: ArrayLike, wanted: tuple[int | None, ...]) -> bool:

@@ -126,9 +126,9 @@ class Blocks:
     def over_grid(self, one_block: Callable, carry: Any) -> Any:
         """Returns `carry` after `one_block(carry, n)` for each block of rows."""
         carry = varying(carry, self.axes)
-        steps = math.prod(self.grid)
         if 0 in self.shape:
             return carry
+        steps = math.prod(self.grid)
         if steps == 1:
             return one_block(carry, jnp.int32(0))
         # A scan, not a fori_loop: it can be differentiated again. Then a block is

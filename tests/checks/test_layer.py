@@ -184,11 +184,12 @@ RANKS = {
         "key_padding_mask must be 1-D, as an unbatched (2-D) query wants; "
         "got 2-D of shape (1, 5).",
     ),
-    "attn_mask_4d": (
-        dict(attn_mask=bools(2, 3, 4, 5)),
+    "attn_mask_5d": (
+        dict(attn_mask=bools(1, 2, 3, 4, 5)),
         ValueError,
-        "attn_mask must be 2-D, (tgt_len, src_len), or 3-D, "
-        "(batch * num_heads, tgt_len, src_len); got 4-D of shape (2, 3, 4, 5).",
+        "attn_mask must be 2-D, (tgt_len, src_len), 3-D, (batch * num_heads, tgt_len, "
+        "src_len), or 4-D, (batch, num_heads, tgt_len, src_len); "
+        "got 5-D of shape (1, 2, 3, 4, 5).",
     ),
 }
 SHAPES = {
@@ -229,6 +230,18 @@ SHAPES = {
         ValueError,
         "a 3-D attn_mask must have shape (batch * num_heads, tgt_len, src_len) = "
         "(6, 4, 5), got (2, 4, 5).",
+    ),
+    "attn_mask_4d": (
+        dict(attn_mask=bools(1, 2, 4, 5)),
+        ValueError,
+        "a 4-D attn_mask must have shape (batch or 1, num_heads or 1, tgt_len, "
+        "src_len) = (1, 3, 4, 5), got (1, 2, 4, 5).",
+    ),
+    "unbatched-attn_mask_4d": (
+        UNBATCHED | dict(attn_mask=bools(2, 3, 4, 5)),
+        ValueError,
+        "a 4-D attn_mask must have shape (batch or 1, num_heads or 1, tgt_len, "
+        "src_len) = (1, 3, 4, 5), got (2, 3, 4, 5).",
     ),
     "unbatched-attn_mask_3d": (
         UNBATCHED | dict(attn_mask=bools(1, 4, 5)),

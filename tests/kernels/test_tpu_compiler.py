@@ -2,19 +2,23 @@
 
 import functools
 import importlib.util
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mha import MultiheadAttention, RaggedArray
 from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
 from flax_mha._masks import Mask
+from flax_mha.sharding import param_shardings
+from tests.collectives import collectives
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -138,33 +142,86 @@ def test_memory_is_linear_in_the_length(length):
     assert temporaries(program) <= 20 * (length * 1024 * 2)
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
-def test_a_program_divided_by_xla_has_no_kernel_and_no_communication(grad):
-    mesh = Mesh(np.array(devices("v5e:2x2")).reshape(2, 2), ("data", "heads"))
-    sharding = NamedSharding(mesh, P("data", None, "heads"))
-    x = jax.ShapeDtypeStruct((8, 2048, 8, 64), jnp.bfloat16, sharding=sharding)
+def attention(q, k, v):
+    out, _ = dot_product_attention(Call(q, k, v, Mask(is_causal=True), 0.1))
+    return out
 
-    def attend(q, k, v):
-        mask = Mask(is_causal=True)
-        out, _ = dot_product_attention(Call(q, k, v, mask, 0.1))
-        return out
 
-    def loss(*args):
-        return jnp.sum(attend(*args).astype(jnp.float32))
+def attention_step(*args):
+    """Returns the gradients, computed beside the result."""
+    return jax.grad(
+        lambda *args: jnp.sum(attention(*args).astype("float32")), (0, 1, 2)
+    )(*args)
 
-    step = jax.grad(loss, argnums=(0, 1, 2)) if grad else attend
-    program = jax.jit(step, out_shardings=sharding).lower(x, x, x).compile()
-    assert kernels(program) == 0
-    text = program.as_text()
-    for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert f" {name}" not in text
 
-    out_specs = (sharding.spec,) * 3 if grad else sharding.spec
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(sharding.spec,) * 3, out_specs=out_specs
+def mesh_of(topology, kind):
+    chips = np.array(devices(topology)).reshape(2, -1)
+    return Mesh(chips, ("data", "tensor"), axis_types=(kind,) * 2)
+
+
+def on_mesh(mesh, function, *, rules=(), share=(2, 2048, 4, 64)):
+    """Compiles for a mesh where each chip has a share of batch and heads."""
+    sharding = NamedSharding(mesh, P("data", None, "tensor"))
+    data, tensor = mesh.devices.shape
+    shape = share[0] * data, share[1], share[2] * tensor, share[3]
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        out = sharding if function is attention else (sharding,) * 3
+        # Rules are nothing that `jax.jit` would trace a function again for.
+        step = jax.jit(functools.partial(function), out_shardings=out)
+        program = step.lower(x, x, x).compile()
+    assert collectives(program) == {}
+    return program
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1"])
+def test_each_chip_of_a_mesh_runs_the_program_of_one_chip(topology, kind):
+    """By types or by rules: the same kernels, with the same blocks, and memory."""
+    rules = [("batch", "data"), ("heads", "tensor")]
+    mesh = mesh_of(topology, kind)
+    divided = on_mesh(mesh, attention_step, rules=rules)
+    one = Mesh(mesh.devices[:1, :1], mesh.axis_names)
+    alone = on_mesh(one, attention_step)
+    assert kernels(divided) == kernels(alone) == 2
+    assert kernel_types(divided) == kernel_types(alone)
+    assert temporaries(divided) <= temporaries(alone) + 2**20
+
+
+def kernel_types(program):
+    """Returns what the kernels take and return, and what they are."""
+    calls = re.findall(r"= (.*?) custom-call\(.*tpu_custom_call", program.as_text())
+    bodies = re.findall(r'"body":"([^"]*)"', program.as_text())
+    return [re.sub(r"%\S+", "", call) for call in calls], bodies
+
+
+@pytest.mark.parametrize("function", [attention, attention_step])
+def test_a_program_divided_by_xla_has_no_kernel(function):
+    """Auto axes of which no rule speaks."""
+    assert kernels(on_mesh(mesh_of("v5e:2x2", AxisType.Auto), function)) == 0
+
+
+def test_a_layer_on_a_mesh_moves_two_sums():
+    mesh = mesh_of("v5e:2x2", AxisType.Explicit)
+    mha = MultiheadAttention(512, 8, batch_first=True, param_dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4, 4096, 512), jnp.bfloat16)
+    params = jax.eval_shape(mha.init, jax.random.key(0), x, x, x)["params"]
+    shardings = param_shardings(params, mesh), NamedSharding(mesh, P("data"))
+    args = jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
+        (params, x),
+        shardings,
     )
-    program = jax.jit(mapped).lower(x, x, x).compile()
-    assert kernels(program) == 1 + grad
+
+    def loss(params, x):
+        out, _ = mha.apply({"params": params}, x, x, x)
+        return jnp.sum(out.astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=shardings)
+        program = step.lower(*args).compile()
+    assert collectives(program) == {"all-reduce": 2}
+    assert kernels(program) == 2
 
 
 def compiled_ragged(capacity, max_len, *, batch=8, dropout=0.0):
