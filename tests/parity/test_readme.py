@@ -57,13 +57,15 @@ def test_a_reader_can_run_a_page_from_top_to_bottom(page):
     names = {}
     printed = ""
     for kind, block in BLOCK.findall(page.read_text()):
-        if kind == "python":
-            exec(compile(block, page.name, "exec"), names)
-        elif kind == "sh":
-            printed = run_commands(block)
-        else:  # what the last of these commands printed
-            assert kind == "text"
+        if kind == "text":  # what the block before printed
             assert words(printed)[-len(words(block)) :] == words(block)
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as stream:
+            if kind == "python":
+                exec(compile(block, page.name, "exec"), names)
+            else:
+                run_commands(block)
+        printed = stream.getvalue()
 
 
 def words(text):
@@ -71,15 +73,13 @@ def words(text):
 
 
 def run_commands(block):
-    """Returns what flax-mha prints; lines of other programs are not run."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        for line in block.splitlines():
-            program, *argv = shlex.split(line)
-            if program == "flax-mha":
-                assert main(argv) == 0, line
-            else:
-                assert program in ("pip", "export"), line
-    return printed.getvalue()
+    """Runs the lines of flax-mha; those of other programs are for readers."""
+    for line in block.splitlines():
+        program, *argv = shlex.split(line)
+        if program == "flax-mha":
+            assert main(argv) == 0, line
+        else:
+            assert program in ("pip", "export"), line
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=name)
