@@ -1,5 +1,6 @@
 """Exported programs: sizes that are not known until they run, in another process."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from jax import export
 
 import flax_mha
 from flax_mha import MultiheadAttention, RaggedArray
+from flax_mha.functional import scaled_dot_product_attention
 
 HEADS, EMBED = 3, 12
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -82,6 +84,17 @@ def test_sizes_may_be_symbolic(layer, masks, grad):
     got, want = program.call(*args), jax.jit(step)(*args)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_of_scaled_dot_product_attention_may_be_symbolic():
+    b, t, s = export.symbolic_shape("b, t, s")
+    mask = array(t, s, dtype=bool)
+    attend = functools.partial(scaled_dot_product_attention, enable_gqa=True)
+    shapes = array(b, 4, t, 8), array(b, 2, s, 8), array(1, 2, s, 8), mask
+    args = [draw(array(*known)) for known in ((3, 4, 5, 8), (3, 2, 7, 8), (1, 2, 7, 8))]
+    args.append(draw(array(5, 7, dtype=bool)))
+    got, want = exported(attend, *shapes).call(*args), attend(*args)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_explain_says_that_sizes_are_not_known():

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 
 from flax_mha import _mesh
 from flax_mha._checks import arguments
@@ -116,7 +116,7 @@ def scaled_dot_product(
                 )
         leading = [(*axes[:-1], heads) for axes in leading]
     try:
-        leading = np.broadcast_shapes(*leading)
+        leading = jnp.broadcast_shapes(*leading)  # also of symbolic sizes
     except ValueError:
         raise ValueError(
             f"the leading axes of query, key and value must broadcast, got {shapes}."

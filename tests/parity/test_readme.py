@@ -1,30 +1,38 @@
-"""What README.md and docs/ show is run, as a reader would."""
+"""What README.md and docs/ show is run, as a reader would at the root of a clone."""
 
 import contextlib
+import importlib
 import io
 import pathlib
 import re
-import runpy
 import shlex
+import tomllib
 
 import jax
+import numpy as np
 import pytest
 
 from flax_mha._cli import main
 
 ROOT = pathlib.Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-GUIDE = ROOT / "docs" / "converting.md"
-RAGGED = ROOT / "docs" / "ragged.md"
-TRAINING = ROOT / "docs" / "training.md"
-DECODING = ROOT / "docs" / "decoding.md"
-MESHES = ROOT / "docs" / "meshes.md"
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+README_BLOCKS = [
+    code for kind, code in BLOCK.findall(README.read_text()) if kind == "python"
+]
+PICTURES = sorted((ROOT / "docs" / "pictures").iterdir())
+
+
+def name(path):
+    return path.name
 
 
 @pytest.fixture(autouse=True)
-def _as_a_reader_has_it():
-    """JAX's own defaults, not the strict ones of these tests."""
+def _as_a_reader_has_it(tmp_path, monkeypatch):
+    """JAX's own defaults, not these tests' strict ones, and a folder to write in."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
@@ -34,28 +42,30 @@ def _as_a_reader_has_it():
 
 
 def test_readme_has_its_python_blocks():
-    assert len(BLOCKS) >= 3
+    assert len(README_BLOCKS) >= 3
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
-def test_a_reader_can_run_each_block(block, monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("block", README_BLOCKS, ids=range(len(README_BLOCKS)))
+def test_a_reader_can_run_each_block(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_a_reader_can_run_the_guide_from_top_to_bottom(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", GUIDE.read_text(), re.M | re.S)
-    assert {kind for kind, _ in blocks} == {"python", "sh", "text"}
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name
+)
+def test_a_reader_can_run_a_page_from_top_to_bottom(page):
     names = {}
     printed = ""
-    for kind, block in blocks:
-        if kind == "python":
-            exec(compile(block, GUIDE.name, "exec"), names)
-        elif kind == "sh":
-            printed = run_commands(block)
-        else:  # what the last of these commands printed
+    for kind, block in BLOCK.findall(page.read_text()):
+        if kind == "text":  # what the block before printed
             assert words(printed)[-len(words(block)) :] == words(block)
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as stream:
+            if kind == "python":
+                exec(compile(block, page.name, "exec"), names)
+            else:
+                run_commands(block)
+        printed = stream.getvalue()
 
 
 def words(text):
@@ -63,44 +73,34 @@ def words(text):
 
 
 def run_commands(block):
-    """Returns what these lines print, each a call of flax-mha that must succeed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        for line in block.splitlines():
-            program, *argv = shlex.split(line)
-            assert program == "flax-mha"
+    """Runs the lines of flax-mha; those of other programs are for readers."""
+    for line in block.splitlines():
+        program, *argv = shlex.split(line)
+        if program == "flax-mha":
             assert main(argv) == 0, line
-    return printed.getvalue()
+        else:
+            assert program in ("pip", "export"), line
 
 
-@pytest.mark.parametrize("page", [RAGGED, TRAINING, MESHES], ids=lambda page: page.name)
-def test_a_reader_can_run_a_page_from_top_to_bottom(page, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    names = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
-        exec(compile(block, page.name, "exec"), names)
-
-
-def test_a_reader_can_run_the_guide_to_decoding():
-    names = {}
-    text = DECODING.read_text()
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
-        exec(compile(block, DECODING.name, "exec"), names)
-
-
-def test_the_drawing_of_blocks_is_of_those_that_are_computed():
-    with jax.enable_x64(False):
-        drawing = runpy.run_path(str(ROOT / "docs" / "draw_ragged_blocks.py"))
-    assert drawing["drawing"]() == drawing["FILE"].read_text()
-
-
-@pytest.mark.parametrize(
-    "page",
-    [ROOT / "README.md", GUIDE, RAGGED, TRAINING, DECODING, MESHES],
-    ids=lambda page: page.name,
-)
-def test_every_file_that_a_page_names_exists(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    for link in links:
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name)
+def test_every_file_and_extra_that_a_page_names_exists(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert (page.parent / link).exists(), link
-    for name in re.findall(r"`((?:docs|examples|tests)/[^` ]+)`", page.read_text()):
-        assert (ROOT / name).exists(), name
+    for path in re.findall(r"(?:`|python )((?:docs|examples|tests)/[^` \n]+)", text):
+        assert (ROOT / path).exists(), path
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extras in re.findall(r'"\.\[([^]]+)\]"', text):
+        assert set(extras.split(",")) <= set(project["optional-dependencies"]), extras
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=name)
+def test_a_picture_is_what_its_script_draws(picture):
+    module = importlib.import_module(f"docs.draw.{picture.stem}")
+    number = re.compile(r"\d+\.\d+")
+    (drawn, here) = (module.drawing(), picture.read_text())
+    assert number.sub("", drawn) == number.sub("", here)
+    numbers = (np.array(number.findall(svg), float) for svg in (drawn, here))
+    np.testing.assert_allclose(
+        *numbers, atol=0.011
+    )  # the last digit may round otherwise

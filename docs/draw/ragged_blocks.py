@@ -1,17 +1,14 @@
-"""Draws ragged_blocks.svg: the blocks of logits that are computed for a ragged batch.
+"""The blocks of logits that are computed for a ragged batch on a CPU.
 
-Run as `python docs/draw_ragged_blocks.py`; the blocks are those of the kernel's own
-schedule on a CPU.
+They are those of the kernel's own schedule.
 """
-
-import pathlib
 
 import jax
 import numpy as np
 
+from docs.draw.svg import picture, rect, text
 from flax_mha._kernels._ragged_blocks import Schedule, Span, block_sizes
 
-FILE = pathlib.Path(__file__).with_name("ragged_blocks.svg")
 LENGTHS = [300, 120, 700, 40, 250]
 SCALE, MARGIN, TITLE = 0.18, 16, 22
 
@@ -41,41 +38,27 @@ def panel(left: float, title: str, is_causal: bool) -> list[str]:
     """Returns the SVG of one matrix of logits, of all queries and keys."""
     tokens = sum(LENGTHS)
 
-    def rectangle(column, row, width, height, style):
+    def rectangle(column, row, width, height, *style):
         x, y = left + column * SCALE, TITLE + row * SCALE
-        size = f'width="{width * SCALE:.1f}" height="{height * SCALE:.1f}"'
-        return f'<rect x="{x:.1f}" y="{y:.1f}" {size} {style}/>'
+        return rect(x, y, width * SCALE, height * SCALE, *style)
 
     blocks = visited(LENGTHS, is_causal)
     part = sum(rows * keys for _, _, rows, keys in blocks)
     padded = len(LENGTHS) * max(LENGTHS) ** 2
-    lines = [
-        f'<text x="{left}" y="14">{title}: {part / padded:.0%} of the padded</text>',
-        rectangle(0, 0, tokens, tokens, 'fill="#f2f2f2"'),
-    ]
-    style = 'fill="#4c78a8" fill-opacity="0.45" stroke="#4c78a8"'
-    lines += [rectangle(at, row, w, h, style) for row, at, h, w in blocks]
+    title = f"{title}: {part / padded:.0%} of the padded"
+    lines = [text(left, 14, title), rectangle(0, 0, tokens, tokens, "quiet")]
+    lines += [rectangle(at, row, w, h, "a", 0.45, "a") for row, at, h, w in blocks]
     starts = np.cumsum([0, *LENGTHS[:-1]])
-    style = 'fill="none" stroke="black"'
-    lines += [
-        rectangle(at, at, n, n, style) for at, n in zip(starts, LENGTHS, strict=True)
+    return lines + [
+        rectangle(at, at, n, n, "none", 1, "ink")
+        for at, n in zip(starts, LENGTHS, strict=True)
     ]
-    return lines
 
 
 def drawing() -> str:
     side = sum(LENGTHS) * SCALE
     width, height = 2 * side + 3 * MARGIN, TITLE + side + MARGIN
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" '
-        f'height="{height:.0f}" font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        *panel(MARGIN, "all keys", is_causal=False),
-        *panel(side + 2 * MARGIN, "causal", is_causal=True),
-        "</svg>",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    FILE.write_text(drawing())
+    title = "Blocks of logits that are computed, along the diagonal"
+    left = panel(MARGIN, "all keys", is_causal=False)
+    right = panel(side + 2 * MARGIN, "causal", is_causal=True)
+    return picture(width, height, title, left + right)
