@@ -60,7 +60,7 @@ def compiled(module, chip, batch, length, embed, grad, masks, **flags):
         (variables, x, masks, rng),
     )
     lowered = jax.jit(step).lower(*args)
-    kernel = "splash" if "tpu_custom_call" in lowered.as_text() else "blockwise"
+    kernel = "mosaic" if "tpu_custom_call" in lowered.as_text() else "blockwise"
     return kernel, lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
