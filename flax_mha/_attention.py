@@ -244,7 +244,7 @@ def _linear(
     heads = weight.ndim - (2 if axes == 2 else 3)
     names = ["heads" if axis == heads else None for axis in range(weight.ndim)]
     weight = _mesh.constrained(weight, names)
-    _, rows, features = division = _mesh.Division.of(x, weight, axes)
+    _, rows, features = division = _mesh.Division.of(x, weight, names[:-axes])
     weight = division.put(weight, *features, *_mesh.explicit_spec(x)[-axes:])
     product = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=wide

@@ -87,14 +87,18 @@ class Dropout:
             first_column: Number of the first of them.
         """
         shape = (*row.shape[:-1], columns)
+        column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+        column = column + jnp.asarray(first_column, jnp.uint32)
+        return self.factors_at(row, column, dtype)
+
+    def factors_at(self, row: Array, column: Array, dtype: DType) -> Array:
+        """Returns `factors` of numbers of rows and columns, uint32, that broadcast."""
         if self.rate >= 1:
-            return jnp.zeros(shape, dtype)
+            return jnp.zeros(jnp.broadcast_shapes(row.shape, column.shape), dtype)
         # Two seeds for each row, so that two rows share a pattern, even a shifted one,
         # with chance 2**-64.
         first = _mix(row ^ self.seed[0])
         second = _mix(first + self.seed[1], self.seed[0])
-        column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-        column = column + jnp.asarray(first_column, jnp.uint32)
         bits = _mix(first + column * jnp.uint32(_GOLDEN_RATIO), second)
         keep = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(keep, jnp.asarray(1 / (1 - self.rate), dtype), 0)

@@ -28,8 +28,8 @@ class Explanation:
             Under `jit`, those that nobody uses are not computed.
         kernels: By platform: the kernel that runs, or None if the implementation that
             was named cannot. Weights that are used are always computed by blockwise.
-        reasons: By platform: the platform's own kernel or the one that was named, if it
-            does not run, and why.
+        reasons: By platform: the platform's own kernels that were tried before, or the
+            one that was named if it does not run, and why.
         is_ragged: The call is one of `RaggedArray`s.
         divided: The mesh axes over which each device attends its own part, by "batch"
             and "heads"; None if types and rules say nothing of a mesh. Then, and
@@ -93,7 +93,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
         >>> variables = jax.eval_shape(mha.init, jax.random.key(0), x, x, x)
         >>> (call,) = explain(mha.apply, variables, x, x, x)
         >>> call.kernels["tpu"]
-        'splash'
+        'mosaic'
     """
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
@@ -118,11 +118,14 @@ def _explanation(plan: Plan) -> Explanation:
     for platform, target in _TARGETS.items():
         if target.partitioned and is_whole:
             continue
-        name = plan.implementation or FUSED.get(target.platform, "blockwise")
-        why = plan.reason(name, target)
-        refused = why and plan.implementation
+        found = {name: plan.reason(name, target) for name in plan.candidates(target)}
+        refused = plan.implementation is not None and all(found.values())
         kernels[platform] = None if refused else plan.kernel(target)
-        reasons[platform] = {name: why} if why else {}
+        reasons[platform] = {}
+        for name, why in found.items():
+            if why is None:
+                break
+            reasons[platform][name] = why
     return Explanation(
         plan.logits,
         plan.weights,

@@ -46,19 +46,21 @@ class Division(NamedTuple):
     features: tuple[Axes, ...] = ()
 
     @classmethod
-    def of(cls, x: jax.Array, weight: Any, contracted: int) -> "Division":
-        """Returns that of the product over so many last axes of both.
+    def of(cls, x: jax.Array, weight: Any, names: Sequence[str | None]) -> "Division":
+        """Returns that of the product of the rows of `x` and the features of a weight.
 
-        Rows are divided as in `x`. So are features as in the weight, but over axes that
-        divide `x`, as fully sharded parameters are: these are gathered.
+        Args:
+            names: Of the features. Those without one are gathered, as are those that
+                are divided over axes which divide `x`: fully sharded parameters.
         """
         mesh = mesh_of(x)
         if mesh is None or not mesh.explicit_axes:
             return cls(None)
+        contracted = weight.ndim - len(names)
         used = set().union(*explicit_spec(x))
         features = tuple(
-            tuple(axis for axis in axes if axis not in used)
-            for axes in explicit_spec(weight)[:-contracted]
+            tuple(axis for axis in axes if name and axis not in used)
+            for name, axes in zip(names, explicit_spec(weight), strict=False)
         )
         return cls(mesh, explicit_spec(x)[:-contracted], features)
 
@@ -138,8 +140,11 @@ def ruled_axes(mesh: Any) -> frozenset[str]:
 
 
 def resharded(x: Any, spec: Sequence[Axes], mesh: Any) -> Any:
-    """Divides an array over explicit axes, if the mesh has any."""
-    if mesh is None or not mesh.explicit_axes or tuple(spec) == explicit_spec(x):
+    """Divides an array over those of the axes that are explicit."""
+    if mesh is None or not mesh.explicit_axes:
+        return x
+    spec = tuple(tuple(a for a in axes if a in mesh.explicit_axes) for axes in spec)
+    if spec == explicit_spec(x):
         return x
     sharding = jax.sharding.NamedSharding(mesh, partition_spec(spec))
     return jax.sharding.reshard(x, sharding)

@@ -95,19 +95,24 @@ class Place(NamedTuple):
     def part(self, call: Call) -> Part:
         """Returns what part of all the call this is, inside `jax.shard_map`."""
         batch, heads, _, _ = call.logits
-        parts = math.prod(self.mesh.shape[axis] for axis in self.heads)
         return Part(
             sequence=lax.axis_index(self.batch) * batch,
             head=lax.axis_index(self.heads) * heads,
-            num_heads=np.asarray(heads * parts, np.int32),
+            num_heads=np.asarray(heads * self.parts(self.heads), np.int32),
         )
 
     def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> jax.P:
         """Returns how an array is divided whose first axes have these names."""
-        divided: dict[Any, _mesh.Axes] = dict(batch=self.batch, heads=self.heads)
-        # What an axis has only one of is the same for all.
-        pairs = zip(names, shape, strict=False)
-        return jax.P(*(divided.get(name, ()) if n != 1 else () for name, n in pairs))
+
+        def axes(name, size):
+            divided = dict(batch=self.batch, heads=self.heads).get(name, ())
+            # What an axis has only one of is the same for all.
+            return () if size % self.parts(divided) else divided
+
+        return jax.P(*map(axes, names, shape))
+
+    def parts(self, axes: _mesh.Axes) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def _specs(self, layout: Any, call: Call) -> tuple[Any, Call]:
         """Returns how all arrays are divided, as a tree like that of the arguments."""

@@ -10,7 +10,8 @@ from flax_mha._lowering import Target
 from flax_mha._place import Place
 from flax_mha._typing import Precision, Weighting
 
-FUSED = {"cuda": "cudnn", "tpu": "splash"}  # by platform; blockwise runs on all
+# By platform, the best first; blockwise runs on all.
+FUSED = {"cuda": ("cudnn",), "tpu": ("mosaic", "splash")}
 
 
 class Reasons(NamedTuple):
@@ -73,12 +74,16 @@ class Plan(NamedTuple):
             weights=weights,
             precision=precision,
             implementation=implementation,
-            reasons=tuple((name, reasons(KERNELS[name])) for name in FUSED.values()),
+            reasons=tuple(
+                (name, reasons(KERNELS[name]))
+                for names in FUSED.values()
+                for name in names
+            ),
             is_ragged=is_ragged,
             place=place,
         )
-        for platform, name in FUSED.items():
-            if name == implementation:  # raises what can be known now
+        for platform, names in FUSED.items():
+            if implementation in names:  # raises what can be known now
                 plan.kernel(Target(platform, partitioned=False))
         return plan
 
@@ -86,17 +91,24 @@ class Plan(NamedTuple):
         """Returns the name of the kernel that runs on `target`."""
         if target.platform == "any":
             return "blockwise"
-        name = self.implementation or FUSED.get(target.platform, "blockwise")
-        reason = self.reason(name, target)
-        if reason is None:
-            return name
-        if self.implementation is None:
-            return "blockwise"
-        raise ValueError(f"implementation={name!r} cannot run this call: {reason}.")
+        names = self.candidates(target)
+        found = [name for name in names if self.reason(name, target) is None]
+        if found or self.implementation is None:
+            return next(iter(found), "blockwise")
+        raise ValueError(
+            f"implementation={self.implementation!r} cannot run this call: "
+            f"{self.reason(self.implementation, target)}."
+        )
+
+    def candidates(self, target: Target) -> tuple[str, ...]:
+        """Returns the kernel that was named, or the platform's own, the best first."""
+        if self.implementation is not None:
+            return (self.implementation,)
+        return FUSED.get(target.platform, ())
 
     def reason(self, name: str, target: Target) -> str | None:
         """Returns why a kernel does not run on `target`, or None."""
-        platforms = [platform for platform, fused in FUSED.items() if fused == name]
+        platforms = [platform for platform, fused in FUSED.items() if name in fused]
         if platforms and target.platform not in platforms:
             return f"it is for {platforms[0]}, not for {target.platform}"
         reasons = dict(self.reasons).get(name, Reasons())

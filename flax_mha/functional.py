@@ -87,7 +87,13 @@ def multi_head_attention_forward(
         ValueError: Shapes disagree, or a weight that is needed is None.
         TypeError: An argument is not an array, or not of a dtype it can have.
     """
+    layer.integers(embed_dim_to_check=embed_dim_to_check)
     layer.sizes(embed_dim_to_check, num_heads)
+    arguments.python_bools(
+        training=training,
+        add_zero_attn=add_zero_attn,
+        use_separate_proj_weight=use_separate_proj_weight,
+    )
     arguments.probability("dropout_p", dropout_p)
     if use_separate_proj_weight:
         weights = {
@@ -175,6 +181,8 @@ def scaled_dot_product_attention(
     """
     arguments.python_bools(is_causal=is_causal, enable_gqa=enable_gqa)
     arguments.probability("dropout_p", dropout_p)
+    if scale is not None:
+        arguments.scalar("scale", scale)
     sequences = _sequences.of_function(
         *(query, key, value, attn_mask), is_causal=is_causal, enable_gqa=enable_gqa
     )

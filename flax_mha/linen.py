@@ -102,9 +102,7 @@ class MultiheadAttention(nn.Module):
 
     def __post_init__(self):
         checks.constructor(self, self.device)
-        arguments.python_bools(logical_axes=self.logical_axes, decode=self.decode)
-        if self.cache_dtype is not None:
-            arguments.floating_dtype("cache_dtype", self.cache_dtype)
+        arguments.python_bools(logical_axes=self.logical_axes)
         super().__post_init__()
 
     @property
@@ -280,6 +278,8 @@ class MultiheadAttention(nn.Module):
         }
 
     def _dropout(self, deterministic: bool | None) -> Dropout | None:
+        if deterministic is not None:
+            arguments.python_bools(deterministic=deterministic)
         if self.dropout == 0:
             return None
         if deterministic is None:

@@ -116,6 +116,12 @@ class MultiheadAttention(nnx.Module):
         self.cache_dtype = cache_dtype
         self.cache = nnx.data(None)
         checks.constructor(self, device)
+        arguments.python_bools(keep_rngs=keep_rngs)
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(
+                "rngs must be an nnx.Rngs, such as nnx.Rngs(0), "
+                f"got {arguments.describe(rngs)}."
+            )
 
         inits = by_kind(
             kernel_init, out_kernel_init, bias_init, out_bias_init, bias_kv_init
@@ -225,6 +231,7 @@ class MultiheadAttention(nnx.Module):
           max_length: tokens of each sequence that there is room for.
         """
         if deterministic is not None:
+            arguments.python_bools(deterministic=deterministic)
             self.deterministic = deterministic
         if decode is not None:
             arguments.python_bools(decode=decode)
@@ -285,6 +292,8 @@ class MultiheadAttention(nnx.Module):
     def _dropout(
         self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | Array | None
     ) -> Dropout | None:
+        if deterministic is not None:
+            arguments.python_bools(deterministic=deterministic)
         if self.dropout == 0:
             return None
         if deterministic is None:

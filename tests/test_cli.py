@@ -1,6 +1,7 @@
 """The command line, on files that need no PyTorch."""
 
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -72,7 +73,7 @@ def test_inspect_lists_layers_look_alikes_and_sizes(folder, capsys):
     }
     convert.save_safetensors("more.safetensors", tensors)
     out = run(capsys, "inspect", "more.safetensors")
-    layer = r"model\.layers\.1\.self_attn +torch +\? +8 +float32 +1\.2 kB"
+    layer = r"model\.layers\.\*\.self_attn +torch +\? +8 +float32 +1\.2 kB +2 "
     assert re.search(layer, out)
     cross = r"cross\[0\]\.attn +torch +\? +8, kdim 3, vdim 5 +bias=False +float32"
     assert re.search(cross, out)
@@ -85,18 +86,41 @@ def test_inspect_shows_heads_the_tree_in_flax_and_what_convert_asks(folder, caps
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     weight = "model/layers_*/self_attn/in_proj_weight"
     assert "(3, heads, 8/heads, 8)   float32   2" in rows[weight]
-    assert "(8, 5)" in rows["model/embed/kernel"]
+    assert "(5, 8)" in rows["model/embed/embedding?"]  # which convert asks
     asked = out[out.index("convert asks:") :].splitlines()
-    assert asked[1].startswith("  the number of heads, which no tensor records")
+    first = "  model.layers.0.self_attn (embed_dim 8), model.layers.1.self_attn (embed_"
+    assert asked[1].replace("'", "").startswith(first)
     assert asked[1].endswith(r" --num-heads 'model\.layers\.\d+\.self_attn=N'")
     assert asked[2] == (
-        "  a Linear's or an Embedding's: model.embed.weight: "
+        "  model.embed.weight may be a Linear's or an Embedding's: "
         "--kind 'model\\.embed=embedding' or \"kernel\""
     )
     (folder / "config.json").write_text('{"num_attention_heads": 4}')
     out = run(capsys, "inspect", "model.safetensors")
-    assert re.search(r"model\.layers\.0\.self_attn +torch +4 +8 ", out)
-    assert "(3, 4, 2, 8)" in out and "heads, which" not in out
+    assert re.search(r"model\.layers\.\*\.self_attn +torch +4 +8 ", out)
+    assert "(3, 4, 2, 8)" in out and "number of heads" not in out
+
+
+def test_inspect_of_thousands_of_layers_is_short(folder, capsys):
+    tensors = {}
+    for number in range(1000):
+        tensors |= attention(f"layers.{number}.attn")
+    convert.save_safetensors("deep.safetensors", tensors)
+    out = run(capsys, "inspect", "deep.safetensors")
+    assert re.search(r"layers\.\*\.attn +torch .* 1000 ", out)
+    assert out.count("\n") < 20
+
+
+def test_names_are_shown_without_what_a_terminal_obeys(folder, capsys):
+    name = "\x1b[31mred\x07\u202e\ud800\n"
+    convert.save_safetensors("a.safetensors", attention(name))
+    texts = [run(capsys, "inspect", "a.safetensors")]
+    texts.append(run(capsys, "diff", "a.safetensors", "model.safetensors", code=1))
+    assert main(["convert", "a.safetensors", "out"]) == 2
+    texts.append(capsys.readouterr().err)
+    for text in texts:
+        assert "[31mred" in text
+        assert text.replace("\n", "").isprintable()
 
 
 def test_inspect_of_what_cannot_be_planned_says_so(folder, capsys):
@@ -115,7 +139,7 @@ def test_inspect_says_what_looks_alike_once_for_all_layers(folder, capsys):
     convert.save_safetensors("normed.safetensors", tensors)
     out = run(capsys, "inspect", "normed.safetensors")
     assert out.count("norms of queries and keys") == 2  # in the table, and asked
-    assert "layers.0.attn and 11 more   q_norm.weight: norms" in out
+    assert re.search(r"layers\.\*\.attn +q_norm\.weight: norms .* 12 ", out)
     assert main(["convert", "normed.safetensors", "out"]) == 2
     err = capsys.readouterr().err
     assert err.count("norms of queries") == 1 and "and 8 more" in err
@@ -155,6 +179,17 @@ def test_convert_says_how_many_attention_layers_there_are(folder, capsys):
     convert.save_safetensors("norm.safetensors", {"norm.weight": normal(4)})
     out = run(capsys, "convert", "norm.safetensors", "norm")
     assert "wrote norm: 1 parameters; attention layers: none\n" in out
+
+
+def test_a_number_of_heads_that_contradicts_config_json_is_told(folder, capsys):
+    (folder / "config.json").write_text('{"num_attention_heads": 4}')
+    out = run(capsys, "convert", "model.safetensors", "flax", *OPTIONS)
+    assert (
+        "config.json says other numbers of heads: model.layers.0.self_attn 4, not 2, "
+        "model.layers.1.self_attn 4, not 2\n" in out
+    )
+    out = run(capsys, "convert", "model.safetensors", "same", *OPTIONS[2:])
+    assert "says other" not in out
 
 
 def test_biases_that_were_not_there_stay_away_or_come_back_if_told(folder, capsys):
@@ -295,13 +330,13 @@ ERRORS = {
     "other_file": (["inspect", "notes.txt"], "is cut off, or no file of P"),
     "neither": (
         ["diff", "notes.txt", "notes.txt"],
-        "As what convert wrote: 'notes.txt' is not a whole safetensors file",
+        "Taken for what convert wrote, 'notes.txt' is not a whole safetensors file",
     ),
     "no_num_heads": (
         ["convert", "model.safetensors", "out", *OPTIONS[2:]],
-        "state_dict must leave no doubt (say it), but the number of heads, which no "
-        "tensor records (there is no config.json): 'model.layers.0.self_attn' "
-        "(embed_dim 8), 'model.layers.1.self_attn' (embed_dim 8): "
+        "state_dict must leave no doubt (say it), but 'model.layers.0.self_attn' "
+        "(embed_dim 8), 'model.layers.1.self_attn' (embed_dim 8) must have a number of "
+        "heads, which no tensor records (there is no config.json): "
         r"--num-heads 'model\.layers\.\d+\.self_attn=N'",
     ),
     "num_heads_twice": (
@@ -318,8 +353,8 @@ ERRORS = {
     ),
     "empty": (
         ["convert", "empty.safetensors", "out"],
-        "but no elements, and Orbax writes no empty arrays (let OUT end in "
-        ".safetensors): extra.weight: --ignore 'extra\\.weight'",
+        "but extra.weight must have elements, as Orbax writes no empty arrays (let OUT "
+        "end in .safetensors): --ignore 'extra\\.weight'",
     ),
     "wrong_num_heads": (
         ["convert", "model.safetensors", "out", "--num-heads", "3"],
@@ -327,7 +362,7 @@ ERRORS = {
     ),
     "unclear": (
         ["convert", "model.safetensors", "out", "--num-heads", "2"],
-        "(say it), but a Linear's or an Embedding's: model.embed.weight: "
+        "(say it), but model.embed.weight may be a Linear's or an Embedding's: "
         "--kind 'model\\.embed=embedding' or \"kernel\"",
     ),
     "exists": (
@@ -374,6 +409,22 @@ ERRORS = {
         ["verify", "model.safetensors", "other_heads"],
         "'other_heads/flax_mha.json' has no conversion of its parameters: ",
     ),
+    "pipe": (["inspect", "pipe"], "path must be a file or folder, got 'pipe'."),
+    "pipe_as_out": (["verify", "model.safetensors", "pipe"], "got 'pipe'."),
+    "no_out": (["verify", "model.safetensors", "no"], "must be a file or folder, got"),
+    "nothing_to_export": (["export", "no", "b.safetensors"], "a file or folder, got"),
+    "link_to_itself": (
+        ["convert", "model.safetensors", "loop", *OPTIONS, OVERWRITE],
+        "'loop' is a link that leads to itself.",
+    ),
+    "capitals": (
+        ["convert", "model.safetensors", "out.SAFETENSORS", *OPTIONS],
+        "path must end in .safetensors for a file, or be a folder's",
+    ),
+    "exists_whatever_is_asked": (
+        ["convert", "model.safetensors", "plain.safetensors"],
+        "'plain.safetensors' exists; --overwrite replaces it",
+    ),
     "no_folder": (["convert", "model.safetensors", "none/out", *OPTIONS], "none"),
     "pattern": (
         ["convert", "model.safetensors", "out", *OPTIONS, "--ignore", "("],
@@ -403,6 +454,8 @@ def test_an_error_is_told_and_leaves_nothing(folder, capsys, argv, message):
     empty = {"extra.weight": np.ones((8, 0)), "extra.bias": np.ones(8)}
     convert.save_safetensors("empty.safetensors", empty)
     (folder / "link.safetensors").symlink_to("model.safetensors")
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
     (folder / "hub").mkdir()
     convert.save_safetensors("hub/model.safetensors", model())
     for name in {"converted", "converted.safetensors", "other_heads"} & set(argv):
@@ -517,5 +570,40 @@ def test_progress_bar_ends_when_all_tensors_are_read(folder):
     watched = _commands._Watched(checkpoint, progress, "reading")
     convert.plan_tree(watched, HEADS, kinds={r".*\.embed": "embedding"})
     (task,) = progress.tasks
-    assert (task.completed, task.total) == (0, 12)  # planning reads nothing
-    assert len([*watched.values()]) == task.completed == 12
+    total = sum(array.nbytes for array in model().values())
+    assert (task.completed, task.total) == (0, total)  # planning reads nothing
+    assert len([*watched.values()]) == 12
+    assert len([*watched.values()]) == 12  # nothing is counted twice
+    assert task.completed == total
+
+
+def test_long_work_shows_its_progress_on_a_terminal_alone(folder, capsys, monkeypatch):
+    commands = (
+        ["convert", "model.safetensors", "converted", *OPTIONS],
+        ["verify", "model.safetensors", "converted"],
+        ["export", "converted", "back.safetensors"],
+        ["diff", "model.safetensors", "back.safetensors"],
+    )
+    shown = []
+
+    def progress():
+        console = Console(file=io.StringIO(), force_terminal=True)
+        shown.append(Progress(console=console))
+        return shown[-1]
+
+    for command in commands:
+        run(capsys, *command, *[OVERWRITE] * (command[0] in ("convert", "export")))
+    monkeypatch.setattr(_commands, "_progress", progress)
+    for command in commands:
+        run(capsys, *command, *[OVERWRITE] * (command[0] in ("convert", "export")))
+    counted = [
+        {task.description: task.completed for task in one.tasks if task.total}
+        for one in shown
+    ]
+    total = sum(array.nbytes for array in model().values())
+    assert counted == [
+        {"reading": total},
+        {"comparing": total},
+        {"writing": total},
+        {"comparing": 12},
+    ]

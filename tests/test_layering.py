@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
-KERNELS = ["blockwise", "cudnn", "heads_first", "ragged", "reference", "splash"]
+KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged"]
+KERNELS += ["reference", "splash"]
 LAYERS = [
     ["_typing", "_mesh", "_lazy"],
     ["_lowering"],
@@ -18,6 +19,7 @@ LAYERS = [
     ["_ragged.array"],
     ["_ragged"],
     ["_kernels._blocks", "_kernels._softmax", "_kernels._cudnn_calls"],
+    ["_kernels._mosaic_calls"],
     ["_kernels._ragged_blocks"],
     [f"_kernels.{name}" for name in KERNELS],
     ["_kernels"],
@@ -32,9 +34,10 @@ LAYERS = [
     ["_attention"],
     ["linen", "nnx", "functional"],
     ["convert._arrays", "convert._families", "convert._layers", "convert._model"],
-    ["convert._config", "convert._patterns"],
+    ["convert._rows"],
+    ["convert._config", "convert._unseen"],
     ["convert._strict", "convert._rules", "convert._files.folders"],
-    ["convert._files.source", "convert._files.unpickle"],
+    ["convert._files.replacing", "convert._files.source", "convert._files.unpickle"],
     ["convert._files.safetensors", "convert._files.tensors"],
     ["convert._files.fold", "convert._files.numpy_arrays", "convert._files.quantized"],
     ["convert._files.nested", "convert._files.archives"],
@@ -53,7 +56,8 @@ LAYERS = [
     ["convert._layer", "convert._nested", "convert._stock", "convert._tree"],
     ["convert._verify"],
     ["convert"],
-    ["_cli._messages", "_cli._tables"],
+    ["_cli._messages", "_cli._signals"],
+    ["_cli._tables"],
     ["_cli._commands", "_cli._inspect"],
     ["_cli"],
     ["__init__", "__main__"],

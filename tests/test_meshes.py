@@ -287,6 +287,22 @@ def test_transformations_give_the_numbers_of_one_device(kind, function):
         assert_same(jax.jit(function)(params, x), want)
 
 
+def test_one_sequence_over_a_mesh_axis_of_one_device(kind):
+    _, (params, x, *_) = step_of("dropout")
+    mesh, context = on_mesh(kind, TENSOR, (1, 4))
+    mha = MHA.copy(dropout=0.4, deterministic=False)
+
+    def run(params, x):
+        rngs = {"dropout": jax.random.key(1)}
+        return mha.apply({"params": params}, x, x, x, rngs=rngs)
+
+    want = run(params, x[:1])
+    with jax.set_mesh(mesh), context:
+        x = jax.device_put(x[:1], NamedSharding(mesh, P("data")))
+        params = jax.device_put(params, param_shardings(params, mesh, TENSOR))
+        assert_same(jax.jit(run)(params, x), want)
+
+
 def test_eager_calls_are_compiled_once(kind):
     mesh, context = on_mesh(kind, TENSOR)
     with jax.set_mesh(mesh), context:

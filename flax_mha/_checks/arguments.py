@@ -31,6 +31,13 @@ def probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a probability from 0 to 1, got {value}.")
 
 
+def scalar(name: str, value: Any) -> None:
+    """Checks a number, which may be an array of one."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number and getattr(value, "shape", None) != ():
+        raise TypeError(f"{name} must be a number or None, got {describe(value)}.")
+
+
 def one_of(name: str, value: Any, choices: Collection[str]) -> None:
     if value is not None and value not in choices:
         raise ValueError(

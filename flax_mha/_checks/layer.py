@@ -14,12 +14,7 @@ def sizes(
     """Checks the sizes that a multi-head attention is built from."""
     kdim = embed_dim if kdim is None else kdim
     vdim = embed_dim if vdim is None else vdim
-    sizes = dict(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
-    for name, size in sizes.items():
-        try:
-            operator.index(size)
-        except TypeError:
-            raise TypeError(f"{name} must be an integer, got {size!r}.") from None
+    integers(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
     if embed_dim <= 0 or num_heads <= 0:
         raise ValueError(
             "embed_dim and num_heads must be greater than 0, "
@@ -34,6 +29,14 @@ def sizes(
         raise ValueError(
             f"kdim and vdim must not be negative, got kdim={kdim} and vdim={vdim}."
         )
+
+
+def integers(**sizes: int) -> None:
+    for name, size in sizes.items():
+        try:
+            operator.index(size)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {size!r}.") from None
 
 
 def call(

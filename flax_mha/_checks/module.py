@@ -12,11 +12,12 @@ def constructor(module: Any, device: Any) -> None:
     """Checks what a module was made with; PyTorch's arguments are its attributes."""
     layer.sizes(module.embed_dim, module.num_heads, module.kdim, module.vdim)
     arguments.probability("dropout", module.dropout)
-    flags = ("bias", "add_bias_kv", "add_zero_attn", "batch_first")
+    flags = ("bias", "add_bias_kv", "add_zero_attn", "batch_first", "decode")
     arguments.python_bools(**{name: getattr(module, name) for name in flags})
     arguments.floating_dtype("param_dtype", module.param_dtype)
-    if module.dtype is not None:
-        arguments.floating_dtype("dtype", module.dtype)
+    for name in ("dtype", "cache_dtype"):
+        if getattr(module, name) is not None:
+            arguments.floating_dtype(name, getattr(module, name))
     if module.deterministic is not None:
         arguments.python_bools(deterministic=module.deterministic)
     arguments.one_of("implementation", module.implementation, KERNELS)

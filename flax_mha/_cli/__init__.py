@@ -2,13 +2,12 @@
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax_mha._cli import _commands, _inspect
-from flax_mha._cli._messages import one_line
+from flax_mha._cli import _signals
+from flax_mha._cli._messages import one_line, shown
 
 _EXAMPLES = """\
 examples:
@@ -41,20 +40,25 @@ def program() -> None:
     """Runs the command line, and ends the process."""
     # When Orbax fails, TensorStore's threads go on, and find nobody to report to.
     sys.unraisablehook = lambda _: None
-    # As an interrupt does, so that nothing half-written stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main())
+    _signals.end_at_once()
+    code = 0
+    try:
+        code = main()
+    except BaseException:  # a library may have made another error of an interrupt
+        if not _signals.stopped:
+            raise
+    sys.exit(128 + _signals.stopped[0] if _signals.stopped else code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    args = _parser().parse_args(argv)
     for name in ("absl", "asyncio"):  # Orbax's warnings, and tasks it left behind
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        args = _parser().parse_args(argv)
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"flax-mha: {one_line(error)}", file=sys.stderr)
+        print(f"flax-mha: {shown(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flax-mha: interrupted", file=sys.stderr)
@@ -62,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Not before `end_at_once`: what they import takes a while.
+    from flax_mha._cli import _commands, _inspect
+
     parser = argparse.ArgumentParser(
         prog="flax-mha",
         description="PyTorch checkpoints to Flax parameters and back.",

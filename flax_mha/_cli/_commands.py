@@ -1,6 +1,8 @@
 """What each command does. The first line of its docstring is its help."""
 
 import argparse
+import importlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +14,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from flax_mha import convert
+from flax_mha._cli import _signals
 from flax_mha._cli._messages import message
 from flax_mha._cli._tables import print_lines, print_table
-from flax_mha.convert._arrays import few, specs
+from flax_mha.convert._arrays import Spec, few, specs
+from flax_mha.convert._config import heads_in
 from flax_mha.convert._draft import draft_tree
+from flax_mha.convert._files.replacing import check_file, check_params
 
 
 def convert_(args: argparse.Namespace) -> int:
     """Convert a whole checkpoint to Flax parameters."""
+    _check_apart(args.out, args.file)
+    check_params(args.out, args.overwrite)
     checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
     draft = draft_tree(
         checkpoint,
@@ -30,7 +37,6 @@ def convert_(args: argparse.Namespace) -> int:
         ignore=args.ignore,
         stack=args.stack,
     )
-    _check_apart(args.out, args.file)
     # Orbax would say so, but only after everything is read.
     empty = [] if args.out.suffix == ".safetensors" else _empty(draft.conversion)
     conversion = draft.finished(*empty)
@@ -44,6 +50,7 @@ def convert_(args: argparse.Namespace) -> int:
     absent = [key for entry in conversion.entries for key in entry.absent]
     if absent:
         print_lines([f"zeros for biases that PyTorch's layers lack: {few(absent)}"])
+    print_lines(_other_heads(checkpoint.config or {}, conversion.layers))
     count, layers = len(conversion.entries), len(conversion.layers) or "none"
     print_lines(
         [
@@ -57,11 +64,16 @@ def convert_(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Run each attention layer of both on random inputs, and compare the numbers."""
     checkpoint = convert.read_state_dict(args.file, wrapper=args.wrapper)
-    params, conversion = _load_converted(args.out)
-    try:
-        reports = convert.verify(checkpoint, params, conversion=conversion)
-    except ValueError as error:  # what differs, listed
-        print(message(error))
+    reports, differences = [], []
+    with _progress() as progress:
+        params, conversion = _load_converted(args.out, progress)
+        watched = _Watched(checkpoint, progress, "comparing")
+        try:
+            reports = convert.verify(watched, params, conversion=conversion)
+        except ValueError as error:
+            differences = message(error).splitlines()
+    if differences:
+        print_lines(differences)
         print_lines(
             note for note in map(message, checkpoint.notes) if "--wrapper" in note
         )
@@ -87,10 +99,11 @@ def verify(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write converted parameters, changed since or not, back for PyTorch."""
-    params, conversion = _load_converted(args.out)
-    state_dict = conversion.state_dict(params, all_biases=args.all_biases)
     _check_apart(args.file, args.out)
+    check_file(args.file, args.overwrite)
     with _progress() as progress:
+        params, conversion = _load_converted(args.out, progress)
+        state_dict = conversion.state_dict(params, all_biases=args.all_biases)
         watched = _Watched(state_dict, progress, "writing")
         convert.save_safetensors(args.file, watched, overwrite=args.overwrite)
     print_lines([f"wrote {args.file}: {len(state_dict)} tensors by PyTorch's names"])
@@ -109,10 +122,11 @@ def diff(args: argparse.Namespace) -> int:
     left, right = _state_dict(args.a), _state_dict(args.b)
     names = sorted(left.keys() | right.keys())
     rows = []
-    for name in names:
-        difference = _difference(left.get(name), right.get(name))
-        if difference:
-            rows.append([name, difference])
+    with _progress() as progress:
+        for name in progress.track(names, description="comparing"):
+            difference = _difference(left.get(name), right.get(name))
+            if difference:
+                rows.append([name, difference])
     print_table(["name", "difference"], rows)
     print_lines([f"{len(names) - len(rows)} tensors are equal, {len(rows)} are not"])
     return 1 if rows else 0
@@ -127,7 +141,7 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
             return convert.read_state_dict(path)
         except ValueError as not_theirs:
             raise ValueError(
-                f"{not_theirs} As what convert wrote: {not_ours}"
+                f"{not_theirs} Taken for what convert wrote, {not_ours}"
             ) from None
     from flax_mha.convert._conversion import flatten  # and JAX
 
@@ -139,8 +153,12 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
         return conversion.state_dict(params, all_biases=True)
 
 
-def _load_converted(path: Path) -> tuple[dict[str, Any], "convert.Conversion"]:
+def _load_converted(
+    path: Path, progress: Progress
+) -> tuple[dict[str, Any], "convert.Conversion"]:
+    loading = progress.add_task("loading", total=None)
     params, conversion = convert.load_params(path)
+    progress.remove_task(loading)
     if conversion is None:
         raise ValueError(
             f"{str(path)!r} must be what `flax-mha convert` wrote, got parameters "
@@ -151,7 +169,7 @@ def _load_converted(path: Path) -> tuple[dict[str, Any], "convert.Conversion"]:
 
 def _check_apart(target: Path, source: Path) -> None:
     """Refuses to write over what is read, into it, or around it."""
-    ours, theirs = target.resolve(), source.resolve()
+    ours, theirs = (Path(os.path.realpath(path)) for path in (target, source))
     same = target.exists() and target.samefile(source)  # by another name
     if same or ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
         raise ValueError(
@@ -196,34 +214,55 @@ def _num_heads(rules: Mapping[str, int]) -> int | dict[str, int] | None:
     return numbers[".*"] if list(numbers) == [".*"] else numbers or None
 
 
+def _other_heads(
+    config: Mapping[str, Any], layers: Sequence["convert.ConvertedLayer"]
+) -> list[str]:
+    """Says where config.json has another number of heads than the options."""
+    known = heads_in(config, [layer.prefix for layer in layers])
+    other = [
+        f"{layer.prefix} {known[layer.prefix]}, not {layer.num_heads}"
+        for layer in layers
+        if known.get(layer.prefix, layer.num_heads) != layer.num_heads
+    ]
+    return [f"config.json says other numbers of heads: {few(other, 4)}"] * bool(other)
+
+
 def _empty(conversion: "convert.Conversion") -> list[str]:
     """Says what has no elements, in the words of a question."""
     empty = [key for e in conversion.entries if 0 in e.shape for key in e.keys]
     ignored = ", ".join(f'r"{re.escape(key)}"' for key in empty)
     return [
-        "no elements, and Orbax writes no empty arrays (let OUT end in .safetensors): "
-        f"{few(empty)}: ignore=[{ignored}]"
+        f"{few(empty)} must have elements, as Orbax writes no empty arrays (let OUT "
+        f"end in .safetensors): ignore=[{ignored}]"
     ] * bool(empty)
 
 
+def _bytes(spec: Spec) -> int:
+    return spec.size * spec.dtype.itemsize
+
+
 def _progress() -> Progress:
+    """Returns what shows long work, which from here on ends tidily."""
+    importlib.import_module("jax")
+    _signals.end_tidily()
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Watched(Mapping[str, np.ndarray]):
-    """A state_dict that moves a progress bar by each tensor that is read from it."""
+    """A state_dict that moves a progress bar when a tensor is first read from it."""
 
     def __init__(
         self, state_dict: Mapping[str, np.ndarray], progress: Progress, what: str
     ):
         self.state_dict, self.progress = state_dict, progress
         self.specs = specs(state_dict)  # so that nobody reads a tensor for its shape
-        self.task = progress.add_task(what, total=len(state_dict))
+        self.left = {name: _bytes(spec) for name, spec in self.specs.items()}
+        self.task = progress.add_task(what, total=sum(self.left.values()))
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self.state_dict[name]
-        self.progress.advance(self.task)
+        self.progress.advance(self.task, self.left.pop(name, 0))
         return array
 
     def __iter__(self) -> Iterator[str]:

@@ -56,3 +56,10 @@ def one_line(error: Exception) -> str:
     if len(rest) > 1:
         rest = [f"({n}) {line}" for n, line in enumerate(rest, 1)]
     return " ".join([first, *rest])
+
+
+def shown(text: str) -> str:
+    """Returns a text without what a terminal would obey, in names of a file say."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

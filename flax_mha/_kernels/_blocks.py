@@ -23,6 +23,14 @@ from flax_mha._typing import Array, MaskArray
 WHOLE_LOGITS = 2**24
 
 
+def few_logits(logits: tuple[int, int, int, int]) -> str | None:
+    """Returns why no kernel of a TPU should run: XLA keeps these in that memory."""
+    if math.prod(logits) > WHOLE_LOGITS:
+        return None
+    mib = 4 * math.prod(logits) / 2**20
+    return f"the logits take {mib:.3g} MiB; XLA is faster up to 64"
+
+
 class BlockSizes(NamedTuple):
     """Sizes of a block of logits."""
 

@@ -192,7 +192,7 @@ def _pull_back(options, blocks, call, corner, rows, carry, mask, column, columns
         mask, corner, column, columns, compute, nothing
     )
     d_query, d_key, d_value, d_bias = carry
-    if options.with_bias:  # which does not cover the extra columns
+    if options.with_bias and mask.attn_bias:  # neither covers the extra columns
         d_logits = d_logits[..., : mask.attn_bias[0].shape[3]]
         d_bias = tuple(blocks.add(d, d_logits, corner, column) for d in d_bias)
     return (

@@ -7,7 +7,6 @@ allowed nothing; the padding, scaling and masking here is what makes up for that
 
 import functools
 import inspect
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._call import Call, Gradients
+from flax_mha._kernels._blocks import few_logits
 from flax_mha._masks import Mask
 from flax_mha._typing import (
     Array,
@@ -22,12 +22,13 @@ from flax_mha._typing import (
     Precision,
 )
 
-# Logits that a TPU keeps in its vector memory, by the compiler's own schedules.
-_SMALL_MIB = 64
 _BACKWARD_PARAMETERS = (
     "save_residuals, mask_value, is_mqa, block_sizes, residual_checkpoint_name, "
     "mask_function, attn_logits_soft_cap, interpret, res, do"
 )
+
+
+DIFFERENTIATES_MASKS = True
 
 
 @functools.cache
@@ -64,10 +65,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def unwise(call: Call) -> str | None:
-    mib = 4 * math.prod(call.logits) / 2**20
-    if mib <= _SMALL_MIB:
-        return f"the logits take {mib:.3g} MiB; XLA is faster up to {_SMALL_MIB}"
-    return None
+    return few_logits(call.logits)
 
 
 def indivisible(call: Call) -> str | None:

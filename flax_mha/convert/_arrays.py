@@ -1,6 +1,7 @@
 """Tensors as NumPy arrays, bit for bit, and what is known of them without reading."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def specs(state_dict: Mapping[str, Any]) -> dict[str, Spec]:
     return {name: _spec(tensor, name) for name, tensor in state_dict.items()}
 
 
+@functools.cache
 def is_floating(dtype: np.dtype) -> bool:
     """Whether its values are real numbers; of the dtypes that JAX adds too."""
     try:

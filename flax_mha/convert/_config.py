@@ -15,6 +15,7 @@ _UNSEEN = re.compile(
     r".*(rope|rotary|alibi|soft_?cap|relative|rel_pos).*|attention_types"
     r"|attention_multiplier|query_pre_attn_scalar|scale_attn_by_inverse_layer_idx"
     r"|clip_qkv|softmax_scale|num_global_tokens"
+    r"|approx_mode|use_expectation"  # MRA's and YOSO's, which approximate
 )
 _POSITIONS = re.compile(r".*(rope|rotary|alibi|relative).*")
 _SECTION = re.compile(
@@ -85,13 +86,14 @@ def counts_in(config: Mapping[str, Any]) -> str:
     return ", ".join(map(str, counts)) or "nothing"
 
 
-def other_rows(config: Mapping[str, Any], family: str) -> str | None:
-    """Returns what it says of a layer's rows being in another order than they seem."""
-    for said in _walk(config):
-        is_big_code = said.names[-1] == "multi_query" and said.value is False
-        if is_big_code and family == "nanogpt":
-            return str(said)
-    return None
+def config_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns what lies beside a `Checkpoint`; None of other mappings."""
+    return getattr(state_dict, "config", None)
+
+
+def lines_of(config: Mapping[str, Any]) -> set[str]:
+    """Returns all that it says, without the sections: "multi_query: False"."""
+    return {f"{said.names[-1]}: {said.value!r}" for said in _walk(config)}
 
 
 def unseen_in(config: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, str]:

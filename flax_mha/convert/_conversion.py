@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from flax_mha.convert import _strict
 from flax_mha.convert._arrays import Spec, specs
 from flax_mha.convert._entries import Axes, Entry, StateDict
 from flax_mha.convert._entries import flatten as flatten
+from flax_mha.convert._families import FAMILIES
+from flax_mha.convert._rows import aligned, merged
 
 if TYPE_CHECKING:
     import jax
@@ -26,13 +28,19 @@ class ConvertedLayer:
         prefix: Its name in the state_dict.
         path: Of its parameters, "encoder/layers_0/self_attn"; "" if they are the tree.
         num_heads: Number of heads.
+        family: How it is stored there, as in `AttentionLayer`.
         index: Which one it is of layers that are stacked at this path, or None.
     """
 
     prefix: str
     path: str
     num_heads: int
+    family: str
     index: int | None = None
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be a known one, got {self.family!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,18 @@ class Conversion:
                     f"num_heads of {layer.prefix!r} must be {heads.get(path)}, as that "
                     f"of {path}, got {layer.num_heads}"
                 )
+
+    def __repr__(self) -> str:
+        """A table; of what differs in numbers alone, one row."""
+        rows = [
+            (entry.path, _joined(entry.keys), entry.shape, entry.dtype)
+            for entry in self.entries
+        ]
+        titles = ["in Flax", "in PyTorch", "shape", "dtype", "number"]
+        table = aligned([titles, *merged(rows, names=2)])
+        counts = [len(self.entries), len(self.layers), len(self.ignored)]
+        said = "Conversion: {} parameters, {} attention layers, {} names ignored"
+        return f"{said.format(*counts)}\n{table}"
 
     def check(self, state_dict: Mapping[str, Any]) -> None:
         """Raises an error unless this state_dict is like the one planned for.
@@ -185,6 +205,14 @@ class Conversion:
                 f"text must be what Conversion.to_json returned, got {text[:60]!r}: "
                 f"{type(error).__name__} {error}."
             ) from error
+
+
+def _joined(keys: Iterable[str]) -> str:
+    """Returns names in one text, those of stacked layers once."""
+    rows = merged([key] for key in keys)
+    return ", ".join(
+        f"{count} {name}" if count != "1" else name for name, count in rows
+    )
 
 
 def _plain(value: Any) -> Any:

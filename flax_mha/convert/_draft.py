@@ -6,7 +6,7 @@ from typing import Any
 
 from flax_mha.convert import _parts, _questions, _strict
 from flax_mha.convert._arrays import Spec, check_computable, few, numpy_dtype, specs
-from flax_mha.convert._config import other_rows, unseen_in
+from flax_mha.convert._config import config_of, unseen_in
 from flax_mha.convert._conversion import Conversion, ConvertedLayer
 from flax_mha.convert._entries import Entry, flatten
 from flax_mha.convert._find import AttentionLayer, LookAlike, find
@@ -32,11 +32,15 @@ class Draft:
             heads is not known has one, and what is in doubt its likeliest kind.
         questions: A line for each, with what answers it in Python.
         unknown_heads: Paths of layers whose number of heads is not known.
+        doubtful: Paths of other parameters that are asked about.
+        found: Attention layers and what looks like them, of all that there is.
     """
 
     conversion: Conversion
     questions: list[str]
     unknown_heads: frozenset[str]
+    doubtful: frozenset[str]
+    found: list[AttentionLayer | LookAlike]
 
     def finished(self, *more: str) -> Conversion:
         """Returns the conversion.
@@ -73,12 +77,11 @@ def draft_tree(
     names = Names(tensors, prefix, rename or {}, stack)
     wanted = None if target is None else _target_specs(target)
     if config is None:
-        config = getattr(state_dict, "config", None)
+        config = config_of(state_dict)
 
     # In all that there is: what is ignored still says what its neighbours are.
-    found = [
-        _as_configured(one, config or {}) for one in find(known) if _is_in(one, tensors)
-    ]
+    everything = find(known, config)
+    found = [one for one in everything if _is_in(one, tensors)]
     modules, taken = _split(kinds or {})
     accepted = _accepted(found, taken)
     chosen = chosen_kinds(tensors, modules)
@@ -98,15 +101,18 @@ def draft_tree(
     names.check_all_used()
 
     entries = stacked(parts, names.sizes)
-    asked = _questions.lines(questions + doubts, _matched(tensors, layers))
+    asked = _questions.lines([*questions, *doubts], _matched(tensors, layers))
     if wanted is not None and not asked:
         _check_target(entries, wanted, look_alikes)
     position = {key: at for at, key in enumerate(tensors)}
     entries.sort(key=lambda entry: _first_position(entry, position))
+    in_doubt = {key for keys in doubts.values() for key in keys}
     return Draft(
         Conversion(tuple(entries), tuple(converted), tuple(ignored)),
         asked,
         frozenset(one.path for one in converted if one.prefix not in heads),
+        frozenset(one.path for one in entries if not in_doubt.isdisjoint(one.keys)),
+        everything,
     )
 
 
@@ -176,17 +182,6 @@ def _sorted_out(
     return layers, look_alikes
 
 
-def _as_configured(
-    found: AttentionLayer | LookAlike, config: Mapping[str, Any]
-) -> AttentionLayer | LookAlike:
-    said = other_rows(config, getattr(found, "family", ""))
-    if isinstance(found, LookAlike) or said is None:
-        return found
-    keys = tuple(key for keys in found.keys.values() for key in keys)
-    why = f"config.json says {said}, as GPTBigCode's: its rows go head after head"
-    return LookAlike(found.prefix, keys, why)
-
-
 def _unseen(
     layers: Sequence[AttentionLayer],
     accepted: frozenset[str],
@@ -206,8 +201,8 @@ def _unseen(
             continue
         questions.append(
             Question(
-                f"may compute more than its tensors show ({what}); if its weights are "
-                "wanted without that",
+                f"may compute more than tensors show ({what}); to take the weights "
+                "without that",
                 repr(layer.prefix),
                 KINDS,
                 layer.prefix,

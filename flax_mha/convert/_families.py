@@ -25,6 +25,7 @@ class Family:
         sure: The first projection's name says that this is attention.
         unseen: What such layers mostly compute besides, which no tensor shows.
         unseen_with: Of those with which biases: of "in", "out", "both" or "none".
+        told: What config.json says of such layers; nothing else tells them.
     """
 
     projections: tuple[str, ...]
@@ -37,6 +38,7 @@ class Family:
     sure: bool = True
     unseen: str = ""
     unseen_with: tuple[str, ...] = ("in", "out", "both", "none")
+    told: str = ""
 
     def names(self, param: str) -> tuple[str, ...]:
         """Returns its names for one of PyTorch's parameters.
@@ -113,6 +115,11 @@ FAMILIES: dict[str, Family] = {
     "nanogpt": Family(
         ("c_attn",), "c_proj", buffers=_CAUSAL, unseen=_ROTARY, unseen_with=("in",)
     ),
+    "bark": Family(("att_proj",), "out_proj", buffers=_CAUSAL),
+    # GPTBigCode with as many heads of keys as of queries
+    "gpt_bigcode": Family(
+        ("c_attn",), "c_proj", by_head=True, buffers=_CAUSAL, told="multi_query: False"
+    ),
     # diffusers' Attention; its norm is before the attention
     "diffusers": Family(("to_q", "to_k", "to_v"), "to_out.0", beside=_GROUP_NORM),
     # vit-pytorch; likewise
@@ -132,14 +139,43 @@ FAMILIES: dict[str, Family] = {
         buffers=_CAUSAL + _ANGLES,
         unseen="positions (GPT-NeoX's are rotary, BLOOM's are ALiBi: an attn_mask)",
     ),
+    # T5 without biases, MPNet with; theirs by position is beside the layers
+    "t5": Family(
+        ("q", "k", "v"),
+        "o",
+        sure=False,
+        unseen="logits that are not scaled, and positions (T5's)",
+        unseen_with=("none",),
+    ),
+    "prophetnet": Family(
+        tuple(f"{word}_proj" for word in _WORDS), "out_proj", sure=False
+    ),
+    "deberta": Family(
+        tuple(f"self.{word}_proj" for word in _WORDS),
+        "output.dense",
+        beside=tuple(f"output.{name}" for name in _BERT_NORM),
+        sure=False,
+        unseen="positions (DeBERTa's are relative)",
+    ),
+    # ESPnet, WeNet, Wav2Vec2-BERT
+    "espnet": Family(("linear_q", "linear_k", "linear_v"), "linear_out"),
     # opacus' DPMultiheadAttention
     "opacus": Family(("qlinear", "klinear", "vlinear"), "out_proj"),
+    # tutorials
     "q_linear": Family(("q_linear", "k_linear", "v_linear"), "out"),
+    "w_q": Family(("W_q", "W_k", "W_v"), "W_o"),
 }
 
 # Names that only attention of other kinds has.
 OTHER_KINDS = {
     "query.kernel": "Flax's MultiHeadDotProductAttention, which `from_stock` takes",
+    "qkv_proj.weight": (
+        "layers whose rows have an order of their own (CodeGen's), or that have "
+        "rotary positions (Phi-3's)"
+    ),
+    "self.q_bias": "DeBERTa's attention, which has relative positions",
+    "kv_b_proj.weight": "DeepSeek's attention, of which keys and values are compressed",
+    "q_proj.linear.weight": "layers that wrap their Linears and mostly have positions",
 }
 
 # What else may be below a layer: {regular expression of the name: what it is}.
@@ -147,7 +183,8 @@ EXTRAS = {
     r"(.*\.)?(lora_\w+|base_layer)\..*": (
         "LoRA that is not merged: merge_and_unload() in peft, and save again"
     ),
-    r".*(rel\w*_pos|rpb|position_bias|relative|distance_embedding|rel_attn).*": (
+    r".*(rel\w*_pos|rpb|position_bias|relative|distance_embedding|rel_attn"
+    r"|pos_bias_|linear_pos).*": (
         "a bias by position, which MultiheadAttention has only as an attn_mask"
     ),
     r".*(rot|rope|inv_freq|freqs).*": (

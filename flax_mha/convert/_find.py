@@ -1,7 +1,5 @@
 """Which attention layers a state_dict holds, told from its keys and shapes alone."""
 
-import dataclasses
-import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,11 +8,13 @@ import numpy as np
 from flax_mha._params import parameter_table
 from flax_mha.convert import _strict
 from flax_mha.convert._arrays import Spec, is_floating, specs
+from flax_mha.convert._config import config_of, lines_of
 from flax_mha.convert._families import FAMILIES, OTHER_KINDS, Family
 from flax_mha.convert._layers import AttentionLayer as AttentionLayer
 from flax_mha.convert._layers import LookAlike as LookAlike
 from flax_mha.convert._reasons import reason
 from flax_mha.convert._rules import check_mapping
+from flax_mha.convert._unseen import ancestors, with_unseen
 
 # The families, or other kinds, that a name speaks for.
 _SIGNS: dict[str, list[str]] = {sign: [sign] for sign in OTHER_KINDS}
@@ -22,10 +22,6 @@ for _name, _family in FAMILIES.items():
     for _sign in _family.signs:
         _SIGNS.setdefault(_sign, []).append(_name)
 _LONGEST_SIGN = max(sign.count(".") + 1 for sign in _SIGNS)
-# What modules beside attention layers are called that add to all of these.
-_BESIDE = re.compile(
-    r"(?:^|[._])(rope|rotary|inv_freq|freqs_cis|alibi|rel_pos|rel\w*_bias|relative_pos)"
-)
 
 
 def find_layers(state_dict: Mapping[str, Any]) -> list[AttentionLayer]:
@@ -37,13 +33,15 @@ def find_layers(state_dict: Mapping[str, Any]) -> list[AttentionLayer]:
     positions for all of them, have it in `unseen`.
 
     Args:
-        state_dict: Name to tensor or array, a `Checkpoint` say.
+        state_dict: Name to tensor or array, a `Checkpoint` say; what config.json beside
+            that one says counts too.
 
     Raises:
         TypeError: `state_dict` is not a mapping of names to tensors.
+        ValueError: config.json is no JSON object.
     """
     check_mapping(state_dict)
-    found = find(specs(state_dict))
+    found = find(specs(state_dict), config_of(state_dict))
     return [layer for layer in found if isinstance(layer, AttentionLayer)]
 
 
@@ -57,47 +55,64 @@ def find_look_alikes(state_dict: Mapping[str, Any]) -> list[LookAlike]:
         TypeError: `state_dict` is not a mapping of names to tensors.
     """
     check_mapping(state_dict)
-    found = find(specs(state_dict))
+    found = find(specs(state_dict), config_of(state_dict))
     return [layer for layer in found if isinstance(layer, LookAlike)]
 
 
-def find(tensors: Mapping[str, Spec]) -> list[AttentionLayer | LookAlike]:
+def find(
+    tensors: Mapping[str, Spec], config: Mapping[str, Any] | None = None
+) -> list[AttentionLayer | LookAlike]:
     """Returns both, in the order of the tensors.
 
     An attention layer is one only with all that lies below its prefix.
     """
-    places = _places(tensors)
-    below: dict[str, dict[str, Spec]] = {p: {} for p in places}
+    said = lines_of(config or {})
+    places = {
+        prefix: _in_question(signs, said) for prefix, signs in _places(tensors).items()
+    }
+    found = _examined(tensors, places).values()
+    return with_unseen(found, tensors, without_config=config is None)
+
+
+def layers_of(
+    tensors: Mapping[str, Spec], families: Mapping[str, str]
+) -> dict[str, AttentionLayer]:
+    """Returns by prefix the layers that are said to be there, of these families.
+
+    Raises:
+        ValueError: Something else is.
+    """
+    found = {}
+    places = {prefix: [family] for prefix, family in families.items()}
+    for prefix, layer in _examined(tensors, places).items():
+        if isinstance(layer, LookAlike):
+            raise ValueError(
+                f"{prefix!r} must be an attention layer stored as "
+                f"{families[prefix]!r}: {layer.reason}."
+            )
+        found[prefix] = layer
+    return found
+
+
+def _examined(
+    tensors: Mapping[str, Spec], places: Mapping[str, list[str]]
+) -> dict[str, AttentionLayer | LookAlike]:
+    below: dict[str, dict[str, Spec]] = {prefix: {} for prefix in places}
     for name, spec in tensors.items():
-        for prefix in _ancestors(name):
+        for prefix in ancestors(name):
             if prefix in below:
                 below[prefix][name.removeprefix(prefix).removeprefix(".")] = spec
-    found = [
-        _examine(prefix, list(signs), below[prefix]) for prefix, signs in places.items()
-    ]
-    beside = _beside(tensors)
-    return [_with_unseen(layer, beside) for layer in found] if beside else found
-
-
-def _beside(tensors: Iterable[str]) -> dict[str, str]:
-    """Returns by prefix what is right below it and adds positions to all attention."""
     return {
-        name[: max(name.rfind(".", 0, match.start(1)), 0)]: name
-        for name in tensors
-        if (match := _BESIDE.search(name))
+        prefix: _examine(prefix, signs, below[prefix])
+        for prefix, signs in places.items()
     }
 
 
-def _with_unseen(
-    layer: AttentionLayer | LookAlike, beside: Mapping[str, str]
-) -> AttentionLayer | LookAlike:
-    if isinstance(layer, LookAlike) or layer.unseen:
-        return layer
-    names = [
-        beside[p] for p in (layer.prefix, *_ancestors(layer.prefix)) if p in beside
-    ]
-    unseen = f"positions: there is {names[0]}" if names else ""
-    return dataclasses.replace(layer, unseen=unseen)
+def _in_question(signs: Iterable[str], said: Container[str]) -> list[str]:
+    """Returns the families that config.json tells; else those that it need not."""
+    told = {sign: FAMILIES[sign].told for sign in signs if sign in FAMILIES}
+    by_config = [sign for sign, line in told.items() if line in said]
+    return by_config or [sign for sign in signs if not told.get(sign)]
 
 
 def _places(tensors: Mapping[str, Any]) -> dict[str, dict[str, None]]:
@@ -138,13 +153,6 @@ def _is_told(family: Family | None, prefix: str, tensors: Mapping[str, Any]) -> 
     return all(name in tensors for name in _full(prefix, family.weights[:-1]))
 
 
-def _ancestors(name: str) -> Iterator[str]:
-    yield ""
-    for at, letter in enumerate(name):
-        if letter == ".":
-            yield name[:at]
-
-
 def _examine(
     prefix: str, signs: list[str], below: Mapping[str, Spec]
 ) -> AttentionLayer | LookAlike:
@@ -174,7 +182,10 @@ def _compare(
         return _look_alike(prefix, below, "no weight, or an empty one, tells embed_dim")
     rows = _rows(family, sizes, shapes)
     wanted = {name: shape for named in rows.values() for name, shape in named.items()}
-    absent = [key for key in wanted if _is_bias(key) and key not in shapes]
+    biases = [
+        key for key in wanted if key.rpartition(".")[2] in ("bias", "in_proj_bias")
+    ]
+    absent = [key for key in biases if key not in shapes]
     wanted = {key: shape for key, shape in wanted.items() if key not in absent}
     wrong = reason(prefix, family, shapes, wanted)
     wrong = wrong or "; ".join(
@@ -205,10 +216,6 @@ def _biases(family: Family, names: Container[str]) -> str:
         if any(name in names for name in family.names(param))
     ]
     return "both" if len(found) == 2 else "".join(found) or "none"
-
-
-def _is_bias(key: str) -> bool:
-    return key.rpartition(".")[2] in ("bias", "in_proj_bias")
 
 
 def _own(family: Family, below: Iterable[str]) -> list[str]:

@@ -49,7 +49,7 @@ def heads_of(
         numbers = dict.fromkeys(prefixes, num_heads)
     questions = [
         Question(
-            f"the number of heads, which no tensor records ({said})",
+            f"must have a number of heads, which no tensor records ({said})",
             f"{layer.prefix!r} (embed_dim {layer.embed_dim})",
             HEADS,
             layer.prefix,

@@ -1,6 +1,7 @@
 """What kind of parameter each tensor is, and so how its axes go."""
 
 import math
+import re
 from collections.abc import Container, Iterable, Mapping
 
 from flax_mha.convert._arrays import Spec, is_floating
@@ -15,6 +16,11 @@ Specs = Mapping[str, Spec]
 ATTENTION = "attention"
 # What BatchNorm stores beside its parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# Modules that are mostly Embeddings, by what nearly all of transformers' are called.
+_EMBEDDING = re.compile(
+    r"(?!.*(proj|linear|dense|patch)[^.]*$)"
+    r"(.*\.)?(\w*emb\w*(\.\w+)?|wte|wpe|shared|\w*tokens?|\w*codebook|\w*attention_bias)"
+)
 _OR_KEEP = '(kinds "weight" keeps them)'
 
 
@@ -57,8 +63,8 @@ def kinds_of(
     target: Container[str] | None,
     look_alikes: Iterable[LookAlike],
     buffers: Container[str],
-) -> tuple[dict[str, str], list[Question]]:
-    """Returns the kind of each of these keys, and asks for those in doubt.
+) -> tuple[dict[str, str], dict[Question, list[str]]]:
+    """Returns the kind of each of these keys, and what to ask, with the keys in doubt.
 
     Args:
         keys: Those to tell the kind of.
@@ -69,7 +75,7 @@ def kinds_of(
         buffers: Keys without which an attention layer computes the same.
     """
     alike = {key: look_alike for look_alike in look_alikes for key in look_alike.keys}
-    questions: dict[Question, None] = {}
+    questions: dict[Question, list[str]] = {}
     kinds = {}
     for key in (key for key in tensors if key in keys):
         possible = _possible(key, tensors[key])
@@ -85,13 +91,17 @@ def kinds_of(
             kinds[key] = next(iter(fitting), possible[0])
         elif key in alike:
             for question in _of_look_alike(alike[key], tensors):
-                questions[question] = None
+                questions.setdefault(question, []).append(key)
         elif key in buffers:
-            about = f"of attention layers that compute the same without {_OR_KEEP}"
-            questions[Question(about, key, IGNORE, key)] = None
+            about = (
+                f"may be left out, as attention computes the same without {_OR_KEEP}"
+            )
+            questions[Question(about, key, IGNORE, key)] = [key]
         elif doubt := _doubt(key, tensors):
-            questions[doubt] = None
-    return kinds, list(questions)
+            questions[doubt] = [key]
+            if doubt.argument == KINDS:
+                kinds[key] = doubt.answers[0].strip('"')
+    return kinds, questions
 
 
 def _of_look_alike(look_alike: LookAlike, tensors: Specs) -> list[Question]:
@@ -106,7 +116,9 @@ def _of_look_alike(look_alike: LookAlike, tensors: Specs) -> list[Question]:
     linears = [key for key in keys if _is_weight(key) and len(tensors[key].shape) > 1]
     if not kinds and linears:
         kinds = {module_of(linears[0]): '"kernel"'}
-    about = f"of what only looks like attention ({look_alike.reason})"
+    about = (
+        f"can only be taken module by module, not as attention ({look_alike.reason})"
+    )
     return [
         Question(about, repr(look_alike.prefix), KINDS, module, (kind,))
         for module, kind in (kinds or {module_of(keys[0]): '"weight"'}).items()
@@ -148,28 +160,33 @@ def _possible(key: str, spec: Spec) -> tuple[str, ...]:
 def _doubt(key: str, tensors: Specs) -> Question | None:
     """Asks what a tensor is if nobody can tell; shapes often do."""
     if any(p.startswith("lora_") or p == "base_layer" for p in key.split(".")):
-        about = "of LoRA that is not merged (merge_and_unload() in peft, save again)"
+        about = (
+            "may be LoRA that is not merged (merge_and_unload() in peft, save again)"
+        )
         return Question(about, key, IGNORE, key)
     if key.rpartition(".")[2] in _BUFFERS:
-        about = f"not parameters, but BatchNorm's {_OR_KEEP}"
+        about = f"may be BatchNorm's statistics, which are no parameters {_OR_KEEP}"
         return Question(about, key, IGNORE, key)
     dtype = tensors[key].dtype
     if not is_floating(dtype) and dtype.kind != "c":
-        about = f"of integers or truth values {_OR_KEEP}"
+        about = f"may be no parameters, as integers or truth values {_OR_KEEP}"
         return Question(about, key, IGNORE, key)
     if not _is_weight(key):
         return None
     module, shape = module_of(key), tensors[key].shape
     if not _fits_bias(key, tensors):
-        about = "not stored as a Linear's or Conv's with that bias"
+        about = "cannot be a Linear's or Conv's weight beside that bias"
         return Question(about, key, KINDS, module, ('"weight"',))
     if len(shape) == 2 and _bias(key) not in tensors:
-        about, answers = "a Linear's or an Embedding's", ['"kernel"', '"embedding"']
-        likely = -1 if "emb" in key else 1
+        about, answers = (
+            "may be a Linear's or an Embedding's",
+            ['"kernel"', '"embedding"'],
+        )
+        likely = -1 if _EMBEDDING.fullmatch(module) else 1
         return Question(about, key, KINDS, module, tuple(answers[::likely]))
     # A Conv1d has shapes as a Bilinear, and a Conv2d may have those of a LayerNorm2d.
     if len(shape) == 3 or (len(shape) > 3 and math.prod(shape) == shape[1]):
-        about = "a Conv's, a Bilinear's or a LayerNorm2d's"
+        about = "may be a Conv's, a Bilinear's or a LayerNorm2d's"
         return Question(about, key, KINDS, module, ('"kernel"', '"weight"'))
     return None
 

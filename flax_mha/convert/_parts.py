@@ -72,7 +72,11 @@ def converted(
             f"{', '.join(suffixes)}; got {', '.join(paths)}."
         )
     return ConvertedLayer(
-        layer.prefix, base.removesuffix("/"), num_heads, parts[0][0].index
+        prefix=layer.prefix,
+        path=base.removesuffix("/"),
+        num_heads=num_heads,
+        family=layer.family,
+        index=parts[0][0].index,
     )
 
 

@@ -12,7 +12,7 @@ from flax_mha.convert._arrays import as_numpy, specs
 from flax_mha.convert._conversion import Conversion, ConvertedLayer
 from flax_mha.convert._entries import flatten
 from flax_mha.convert._families import FAMILIES
-from flax_mha.convert._find import AttentionLayer, find_layers
+from flax_mha.convert._find import AttentionLayer, layers_of
 from flax_mha.convert._heads import Heads
 from flax_mha.convert._tree import plan_tree
 
@@ -84,8 +84,10 @@ def verify(
     conversion.check(state_dict)
     back = conversion.state_dict(params, all_biases=True)
     known = specs(state_dict)
-    layers = find_layers({key: known[key] for key in back if key in known})
-    found = {layer.prefix: layer for layer in layers}
+    found = layers_of(
+        {key: known[key] for key in back if key in known},
+        {layer.prefix: layer.family for layer in conversion.layers},
+    )
     by_prefix = _reports(conversion.layers, found, state_dict, flatten(params), seed)
     reports = [by_prefix[place.prefix] for place in conversion.layers]
     wrong_layers = [
@@ -121,7 +123,9 @@ def _reports(
     for group in alike.values():
         layer, num_heads = found[group[0].prefix], group[0].num_heads
         call = _compute.random_call(layer, num_heads, seed)
-        bytes_each = 8 * 4 * layer.embed_dim * max(layer.embed_dim, layer.kdim)
+        # Of weights, and of what the calls compute with them.
+        columns = 4 * max(layer.embed_dim, layer.kdim) + 400
+        bytes_each = 8 * layer.embed_dim * columns
         size = min(len(group), max(1, _BATCH_BYTES // bytes_each))
         for at in range(0, len(group), size):
             batch = group[at : at + size]
@@ -182,7 +186,7 @@ def _as_torch(
 ) -> dict[str, np.ndarray]:
     """Returns the state_dict's tensors as `torch.nn.MultiheadAttention` has them.
 
-    By the layout of the layer's family, whatever the conversion says.
+    By the layout of the layer's family, whatever the conversion does.
     """
     family = FAMILIES[layer.family]
     tensors = {}

@@ -1,7 +1,12 @@
 """Files and folders that are read without PyTorch: safetensors and their indexes."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
+import tarfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,9 +108,9 @@ def test_a_file_that_is_replaced_is_not_read_on(tmp_path):
     assert_raises(ValueError, "has changed since", lambda: state_dict["a"])
 
 
-@pytest.mark.parametrize("length", [128, 640, 0x4B50])
+@pytest.mark.parametrize("length", [128, 640, 0x4B50, 0x8B1F, 0x3C])
 def test_content_decides_whatever_a_header_begins_like(tmp_path, length):
-    """Lengths that a pickle or a zip file might begin with."""
+    """Lengths that a pickle, a zip file or others might begin with."""
     text = json.dumps({"a": tensor()}).ljust(length).encode()
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_bytes(packed(text, bytes(4)))
@@ -185,10 +190,6 @@ WRONG_FILES = {
         ),
         "a name occurs twice",
     ),
-    "Git LFS": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        "is a pointer of Git LFS",
-    ),
 }
 
 
@@ -198,6 +199,39 @@ def test_broken_safetensors_is_refused(tmp_path, content, text):
     path.write_bytes(content)
     assert_raises(ValueError, text, lambda: read_state_dict(path))
     assert_raises(ValueError, str(path), lambda: read_state_dict(path))
+
+
+def archive():
+    """Returns the bytes of a tar archive with one file."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as made:
+        made.addfile(tarfile.TarInfo("model.pt"))
+    return file.getvalue()
+
+
+OTHER_KINDS = {
+    "Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "is a pointer of Git LFS, not the file: `git lfs pull`.",
+    ),
+    "gzip": (gzip.compress(packed({})), "is compressed by gzip: gunzip it first."),
+    "bzip2": (bz2.compress(packed({})), "is compressed by bzip2: bunzip2 it first."),
+    "xz": (lzma.compress(packed({})), "is compressed by xz: unxz it first."),
+    "zstd": (b"\x28\xb5\x2f\xfd\x20", "is compressed by zstd: unzstd it first."),
+    "7-Zip": (b"7z\xbc\xaf\x27\x1c", "is an archive of 7-Zip: extract it first."),
+    "tar": (archive(), "is a tar archive: extract it first, and give the file in it."),
+    "web page": (b"<!doctype html>", "is a web page or XML, no checkpoint: download"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n", "is HDF5, as Keras writes it, whose weights have"),
+    "GGUF": (b"GGUF\3\0\0\0", "is GGUF, of llama.cpp: give the checkpoint that it "),
+}
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("content, text", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_what_people_have_besides_is_told_by_its_content(tmp_path, content, text, name):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert_raises(ValueError, f"{str(path)!r} {text}", lambda: read_state_dict(path))
 
 
 def test_infinite_and_nan_weights_are_read(tmp_path):

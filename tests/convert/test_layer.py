@@ -273,8 +273,8 @@ def test_params_are_not_changed():
 
 
 def test_file_of_unknown_kind(tmp_path):
-    (tmp_path / "layer.h5").write_bytes(b"\x89HDF\r\n")
-    path = str(tmp_path / "layer.h5")
+    (tmp_path / "layer.txt").write_bytes(b"notes")
+    path = str(tmp_path / "layer.txt")
     assert_raises(
         ValueError,
         f"{path!r} is cut off, or no file of PyTorch's.",

@@ -5,6 +5,7 @@ import io
 import pickle
 import struct
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -253,3 +254,15 @@ BOMBS = {
 def test_a_pickle_that_would_use_much_is_refused(tmp_path, content, text):
     (tmp_path / "a.pt").write_bytes(content)
     assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("code", [b"\x96", b"\x8d", b"\x8e", b"\x95"])
+def test_an_announced_length_makes_no_room(tmp_path, code):
+    """Of a bytearray, a text, bytes and a frame."""
+    path = written(tmp_path / "a.pt", b"\x80\x05" + code + b"\0\0\0\0\1\0\0\0.")
+    tracemalloc.start()
+    try:
+        assert_raises(ValueError, "is a broken pickle", lambda: read_state_dict(path))
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()

@@ -34,6 +34,11 @@ def float_mask(rng, batch, tgt, src):
     return Mask(attn_bias=(bias,))
 
 
+def float_open(rng, batch, tgt, src):
+    """A float mask, and keys behind it that it does not cover."""
+    return Mask(attn_bias=(rng.normal(size=(1, 1, 1, src)),), open_columns=2)
+
+
 def per_head(rng, batch, tgt, src):
     shape = (batch, HEADS, tgt, src)
     return Mask(
@@ -54,6 +59,7 @@ MASKS = {
     "padding": padding,
     "lengths": lengths,
     "float": float_mask,
+    "float-open": float_open,
     "per_head": per_head,
     "dead_rows": dead_rows,
 }

@@ -113,25 +113,55 @@ def temporaries(program):
     ],
     ids=["causal", "padding-577", "everything-197"],
 )
-def test_splash_runs_forward_and_backward(topology, shape, call, build):
+def test_the_kernel_runs_forward_and_backward(topology, shape, call, build):
     # Weights are asked for, and nobody uses them.
     program = compiled(topology, *shape, call, build=build, need_weights=True)
     assert kernels(program) == 2
 
 
-@pytest.mark.parametrize(
-    "call, build",
-    [
-        ({"attn_mask": ((4096, 4096), "bfloat16")}, {}),
-        ({"attn_mask": ((32, 4096, 4096), "bool")}, {}),
-        ({}, {"dropout": 0.1}),
-    ],
-    ids=["float-mask", "per-head-mask", "dropout"],
-)
-def test_blockwise_runs_the_rest_in_an_eighth_of_the_logits(call, build):
+# What runs: the kernel, but for the gradient of a float mask, and where a mask as large
+# as all the logits would be copied.
+REST = {
+    "float-mask": ({"attn_mask": ((4096, 4096), "bfloat16")}, {}, 2),
+    "mask-of-each-head": ({"attn_mask": ((1, 8, 4096, 4096), "float32")}, {}, 2),
+    "boolean-mask": ({"attn_mask": ((4096, 4096), "bool")}, {}, 2),
+    "boolean-mask-of-all": ({"attn_mask": ((32, 4096, 4096), "bool")}, {}, 0),
+    "dropout": ({}, {"dropout": 0.1}, 2),
+}
+
+
+@pytest.mark.parametrize("call, build, count", REST.values(), ids=REST)
+def test_masks_and_dropout_take_an_eighth_of_the_logits(call, build, count):
     program = compiled("v5e:2x2", 4, 4096, 512, 8, call, build=build)
-    assert kernels(program) == 0
+    assert kernels(program) == count
     assert temporaries(program) <= 4 * (4 * 8 * 4096**2) / 8
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "keys, head_dim, dtype, is_masked",
+    [
+        (2048, 256, "float32", True),
+        (4096, 128, "bfloat16", True),
+        (8192, 128, "bfloat16", False),
+    ],
+)
+def test_the_largest_sizes_of_the_kernel_fit_the_vector_memory(
+    topology, keys, head_dim, dtype, is_masked
+):
+    here = SingleDeviceSharding(devices(topology)[0])
+    x = jax.ShapeDtypeStruct((1, keys, 2, head_dim), dtype, sharding=here)
+    bias = jax.ShapeDtypeStruct((1, 1, keys, keys), "float32", sharding=here)
+    is_padding = jax.ShapeDtypeStruct((1, 1, 1, keys), bool, sharding=here)
+
+    def loss(q, k, v, bias, is_padding):
+        mask = Mask(attn_bias=(bias,), blocked=(is_padding,)) if is_masked else Mask()
+        call = Call(q, k, v, mask, 0.1)
+        out, _ = dot_product_attention(call, implementation="mosaic")
+        return jnp.sum(out.astype("float32"))
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2)))
+    assert kernels(step.lower(x, x, x, bias, is_padding).compile()) == 2
 
 
 @pytest.mark.parametrize("length", [8192, 32768])
@@ -247,17 +277,13 @@ def compiled_ragged(capacity, max_len, *, batch=8, dropout=0.0):
     return jax.jit(jax.grad(loss)).lower(*args).compile()
 
 
-def test_splash_runs_on_the_padded_arrays_of_a_ragged_batch():
-    assert kernels(compiled_ragged(8192, 2048)) == 2
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_kernel_runs_on_the_padded_arrays_of_a_ragged_batch(dropout):
+    assert kernels(compiled_ragged(8192, 2048, dropout=dropout)) == 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(max_len=8192), dict(max_len=2048, dropout=0.1)],
-    ids=["much-padding", "dropout"],
-)
-def test_blocks_of_ragged_batches_take_memory_by_the_token(options):
-    program = compiled_ragged(8192, **options)
+def test_blocks_of_ragged_batches_take_memory_by_the_token():
+    program = compiled_ragged(8192, 8192)
     assert kernels(program) == 0
     # An array of all tokens in float32 has 16 MiB, all the logits 1 GiB and more.
     assert temporaries(program) <= 4 * (8192 * 512 * 4)

@@ -497,7 +497,7 @@ def test_explain_says_where_the_arrays_are_padded():
     explain = functools.partial(flax_mha.explain, mha.init_with_output)
     (call,) = explain(jax.random.key(0), x, x, x)
     assert (call.shape, call.is_ragged) == ((8, 8, 2048, 2048), True)
-    assert (call.kernels["cpu"], call.kernels["tpu"]) == ("blockwise", "splash")
+    assert (call.kernels["cpu"], call.kernels["tpu"]) == ("blockwise", "mosaic")
     assert "ragged" in str(call)
     unbounded = dataclasses.replace(x, max_len=None)
     (call,) = explain(jax.random.key(0), unbounded, unbounded, unbounded)

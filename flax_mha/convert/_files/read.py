@@ -33,6 +33,19 @@ _OTHERS = {
     "flax": " (Flax, whose kernels are transposed)",
     "tf": " (TensorFlow, whose kernels are transposed)",
 }
+# What people have besides, told by bytes at some place; and what to do.
+_OTHER_KINDS = {
+    (0, b"version https://git-"): "a pointer of Git LFS, not the file: `git lfs pull`",
+    (0, b"\x1f\x8b"): "compressed by gzip: gunzip it first",
+    (0, b"\x28\xb5\x2f\xfd"): "compressed by zstd: unzstd it first",
+    (0, b"BZh"): "compressed by bzip2: bunzip2 it first",
+    (0, b"\xfd7zXZ"): "compressed by xz: unxz it first",
+    (0, b"7z\xbc\xaf"): "an archive of 7-Zip: extract it first",
+    (257, b"ustar"): "a tar archive: extract it first, and give the file in it",
+    (0, b"<"): "a web page or XML, no checkpoint: download it again",
+    (0, b"\x89HDF"): "HDF5, as Keras writes it, whose weights have other axes",
+    (0, b"GGUF"): "GGUF, of llama.cpp: give the checkpoint that it was made from",
+}
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -131,7 +144,7 @@ def read_state_dict(
             than one, or was written by `save_params`.
     """
     path = pathlib.Path(path)
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():  # a pipe would never end
         raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     if (path / ORBAX).is_file():
         raise _converted(path, "an Orbax checkpoint")
@@ -204,16 +217,15 @@ def _one_file(path: pathlib.Path, *, has_index: bool = False) -> Any:
     """Returns what is in a file; what kind it is, its beginning says."""
     source = Source(path)
     with source.open() as file:
-        start = file.read(20)
+        start = file.read(512)
     if not start:
         raise ValueError(f"{str(path)!r} is empty.")
-    if start == b"version https://git-":
-        raise ValueError(
-            f"{str(path)!r} is a pointer of Git LFS, not the file: run `git lfs pull`."
-        )
-    named_so = path.suffix == ".safetensors" and not start.startswith(pickles.STARTS)
-    if not named_so and start[4:9] != b"\0\0\0\0{":  # a length below 4 GiB, and JSON
-        return pickles.read(source)
+    if start[4:9] != b"\0\0\0\0{":  # a length below 4 GiB, and JSON: safetensors
+        for (at, beginning), what in _OTHER_KINDS.items():
+            if start[at:].startswith(beginning):
+                raise ValueError(f"{str(path)!r} is {what}.")
+        if path.suffix != ".safetensors" or start.startswith(pickles.STARTS):
+            return pickles.read(source)
     arrays, metadata = safetensors.read(source)
     _check_header(path, metadata, has_index)
     return arrays | _tied(arrays, metadata)

@@ -6,6 +6,7 @@ tensors consist of, which the caller knows.
 """
 
 import collections
+import io
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, ClassVar
@@ -88,15 +89,33 @@ def inert_class(named: str) -> type[Inert]:
 
 
 _KEYS = (str, bytes, int, float, type(None), Inert)
+_MUCH = 2**20  # in bytes
 # C's own would make memory for any number of a memo, however large.
 _Python: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class _Bounded:
+    """A file that makes no room for more than there is, whatever a pickle announces."""
+
+    def __init__(self, file: IO[bytes]):
+        self.readline = file.readline
+        self._file = file
+
+    def read(self, count: int) -> bytes:
+        if count > _MUCH:
+            here = self._file.tell()
+            rest = self._file.seek(0, io.SEEK_END) - here
+            self._file.seek(here)
+            if count > rest:
+                raise EOFError("it is cut off")
+        return self._file.read(count)
 
 
 class _Unpickler(_Python):
     dispatch: ClassVar = dict(_Python.dispatch)
 
     def __init__(self, file: IO[bytes], names: Names, persistent: Callable[[Any], Any]):
-        super().__init__(file, encoding="latin1")  # Python 2's too
+        super().__init__(_Bounded(file), encoding="latin1")  # Python 2's too
         self._names = names
         self._classes: dict[str, type[Inert]] = {}
         self.persistent_load = persistent
@@ -122,6 +141,10 @@ class _Unpickler(_Python):
         for at in range(0, len(items), 2):
             self.stack[-1][_key(items[at])] = items[at + 1]
 
+    def load_bytearray8(self) -> None:
+        """Reads what is there, before it makes room for it."""
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
     def load_empty_set(self) -> None:
         self.append(self.find_class("builtins", "set")())
 
@@ -141,6 +164,7 @@ class _Unpickler(_Python):
     dispatch |= {
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.EMPTY_SET[0]: load_empty_set,
         pickle.FROZENSET[0]: load_frozenset,
         pickle.BUILD[0]: load_build,

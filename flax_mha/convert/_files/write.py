@@ -1,13 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files and folders of tensors and parameters, written for either side."""
 
-import atexit
-import contextlib
 import os
 import pathlib
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,15 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_mha.convert._arrays import as_numpy, few
 from flax_mha.convert._conversion import Conversion
-from flax_mha.convert._files import safetensors
+from flax_mha.convert._files import replacing, safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
 from flax_mha.convert._files.source import Source
-
-# Endings of other kinds of files.
-_FILES = {
-    *(".pt", ".pth", ".bin", ".msgpack", ".npz", ".npy", ".h5", ".pkl", ".pickle"),
-    *(".json", ".zip", ".onnx", ".gguf"),
-}
 
 
 def save_safetensors(
@@ -54,8 +44,7 @@ def save_safetensors(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors, got {str(path)!r}.")
+    replacing.check_file(path, overwrite)
     # "format" is what Hugging Face's transformers want to know.
     _write_file(path, state_dict, {"format": "pt", **(metadata or {})}, overwrite)
 
@@ -87,6 +76,7 @@ def save_params(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
+    replacing.check_params(path, overwrite)
     flat = _flat(params)
     if conversion is not None:
         # Which only its own parameters have, trained or not.
@@ -96,11 +86,11 @@ def save_params(
         named = {"/".join(names): leaf for names, leaf in flat.items()}
         _write_file(path, named, {OURS: text or "null"}, overwrite)
         return
-    _check_orbax(path, flat)
-    if path.exists() and not (path / ORBAX).exists():
-        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
-    with _replacing(path, overwrite) as new:
-        _save_orbax(new, flat)
+    _check_elements(flat)
+    import orbax.checkpoint as ocp  # takes a while; before there is anything to tidy
+
+    with replacing.replacing(path, overwrite) as new:
+        _save_orbax(ocp.PyTreeCheckpointer(), new, flat)
         if text is not None:
             (new / OURS_IN_FOLDER).write_text(text)
 
@@ -121,6 +111,8 @@ def load_params(
     path = pathlib.Path(path)
     if path.is_dir():
         return _restore(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     arrays, metadata = safetensors.read(Source(path))
     if OURS not in metadata:
         raise ValueError(f"{str(path)!r} must be written by `save_params`.")
@@ -129,13 +121,7 @@ def load_params(
     return params, _conversion(metadata[OURS], params, path)
 
 
-def _check_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
-    """Refuses what Orbax would not write, or nobody would look for as a folder."""
-    if path.suffix in _FILES:
-        raise ValueError(
-            f"path must end in .safetensors for a file, or be a folder's, got "
-            f"{str(path)!r}."
-        )
+def _check_elements(flat: Mapping[tuple[str, ...], Any]) -> None:
     empty = ["/".join(names) for names, leaf in flat.items() if np.size(leaf) == 0]
     if empty:
         raise ValueError(
@@ -144,9 +130,9 @@ def _check_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> Non
         )
 
 
-def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None:
-    import orbax.checkpoint as ocp
-
+def _save_orbax(
+    checkpointer: Any, path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]
+) -> None:
     tree = unflatten_dict(
         {
             names: leaf if isinstance(leaf, jax.Array) else as_numpy(leaf, str(names))
@@ -154,7 +140,7 @@ def _save_orbax(path: pathlib.Path, flat: Mapping[tuple[str, ...], Any]) -> None
         }
     )
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with checkpointer:
             checkpointer.save(path.absolute(), tree)
     except ValueError as error:  # TensorStore's, also where the system failed
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -215,57 +201,5 @@ def _write_file(
     metadata: Mapping[str, str],
     overwrite: bool,
 ) -> None:
-    if path.is_dir():
-        raise FileExistsError(f"{str(path)!r} is a folder.")
-    with _replacing(path, overwrite) as new, new.open("xb") as file:
+    with replacing.replacing(path, overwrite) as new, new.open("xb") as file:
         safetensors.write(file, arrays, metadata)
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """Yields a path in a new folder beside; what is there in the end becomes `path`.
-
-    A link stays, and what it leads to is replaced.
-    """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists; overwrite=True replaces it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"path must be in a folder that exists, got {str(path)!r}."
-        )
-    path = pathlib.Path(os.path.realpath(path))
-    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    new, old = folder / path.name, folder / "replaced"
-    written = False
-    try:
-        _make_folder(folder, path)
-        yield new
-        for inside in [*new.rglob("*"), new]:
-            _sync(inside)
-        if path.is_dir():  # which cannot be replaced by renaming alone
-            path.rename(old)
-        new.replace(path)
-        _sync(path.parent)
-        written = True
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not written:  # Orbax's threads may still write what was interrupted
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-
-def _make_folder(folder: pathlib.Path, path: pathlib.Path) -> None:
-    try:
-        folder.mkdir()
-    except OSError as error:  # by the name that the caller knows
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until the disk has it; a full disk may show only here."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -112,7 +112,7 @@ def test_what_config_json_says_of_more_than_tensors_show_is_asked(tmp_path, conf
     with pytest.raises(ValueError) as raised:
         plan_tree(checkpoint, 3)
     line = str(raised.value).splitlines()[1]
-    assert "may compute more than its tensors show (config.json says " in line
+    assert "may compute more than tensors show (config.json says " in line
     assert r'kinds={r"text_model\.layers\.\d+\.attn": "attention"' in line
     assert ("vision_model" in line) == ("text_config" not in config)
     kinds = {".*attn": "attention"}

@@ -21,14 +21,20 @@ import transformers
 from diffusers.models.attention_processor import Attention
 from torch.nn import functional as F
 from transformers.models.albert import modeling_albert
+from transformers.models.bark import modeling_bark
 from transformers.models.bert import modeling_bert
 from transformers.models.bloom import modeling_bloom
+from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.distilbert import modeling_distilbert
 from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt_bigcode import modeling_gpt_bigcode
 from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.mpnet import modeling_mpnet
 from transformers.models.mpt import modeling_mpt
 from transformers.models.openai import modeling_openai
+from transformers.models.prophetnet import modeling_prophetnet
 from transformers.models.vit import modeling_vit
+from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 from transformers.models.whisper import modeling_whisper
 
 from flax_mha import MultiheadAttention, convert
@@ -46,6 +52,7 @@ SMALL = dict(
     vocab_size=11,
     attn_implementation="sdpa",
 )
+PLAIN = SMALL | {"attn_implementation": "eager"}
 GPT = dict(n_embd=WIDTH, n_head=HEADS, n_positions=LENGTH, attn_implementation="sdpa")
 
 
@@ -62,6 +69,7 @@ class Case:
         mask: That ours is given for what its code does.
         exact: Whether it computes in float64 throughout.
         said: What has to be said of it in kinds.
+        config: What config.json has to say.
     """
 
     family: str
@@ -72,6 +80,7 @@ class Case:
     mask: np.ndarray | None = None
     exact: bool = True
     said: str | None = None
+    config: dict | None = None
 
 
 class Layout(torch.nn.Module):
@@ -124,11 +133,11 @@ def first(module, query, _):
 def before_the_norm(name):
     """Returns a call that takes what a linear in the module gave."""
 
-    def call(module, query, _):
+    def call(module, query, _, *more):
         outputs = []
         linear = module.get_submodule(name)
         hook = linear.register_forward_hook(lambda *args: outputs.append(args[-1]))
-        module(query)
+        module(query, *more)
         hook.remove()
         return outputs[0]
 
@@ -179,6 +188,36 @@ def mpt():
 def whisper():
     config = transformers.WhisperConfig(attn_implementation="sdpa")
     return modeling_whisper.WhisperAttention(WIDTH, HEADS, config=config)
+
+
+BIG_CODE = dict(multi_query=False, attention_softmax_in_fp32=False)
+
+
+def big_code():
+    config = transformers.GPTBigCodeConfig(**GPT, **BIG_CODE)
+    return modeling_gpt_bigcode.GPTBigCodeAttention(config, layer_idx=0)
+
+
+def bark():
+    config = modeling_bark.BarkSubModelConfig(hidden_size=WIDTH, num_heads=HEADS)
+    return modeling_bark.BarkSelfAttention(config)
+
+
+def prophetnet():
+    config = transformers.ProphetNetConfig(hidden_size=WIDTH)
+    return modeling_prophetnet.ProphetNetAttention(config, HEADS)
+
+
+def deberta(module, query, _):
+    everything = torch.ones(len(query), 1, LENGTH, LENGTH, dtype=torch.bool)
+    return before_the_norm("output.dense")(module, query, None, everything)
+
+
+def espnet():
+    config = transformers.Wav2Vec2BertConfig(
+        hidden_size=WIDTH, num_attention_heads=HEADS, position_embeddings_type=None
+    )
+    return modeling_wav2vec2_bert.Wav2Vec2BertSelfAttention(config)
 
 
 def vit(**options):
@@ -234,6 +273,26 @@ CASES = {
         first,
         mask=CAUSAL,
     ),
+    "bark": Case("bark", bark, first),
+    "gpt_bigcode": Case(
+        "gpt_bigcode", big_code, gpt2, mask=CAUSAL, config={"multi_query": False}
+    ),
+    "mpnet": Case(
+        "t5",
+        lambda: modeling_mpnet.MPNetSelfAttention(transformers.MPNetConfig(**SMALL)),
+        first,
+    ),
+    "prophetnet": Case("prophetnet", prophetnet, first),
+    "deberta": Case(
+        "deberta",
+        lambda: modeling_deberta_v2.DebertaV2Attention(
+            transformers.DebertaV2Config(**SMALL)
+        ),
+        deberta,
+        exact=False,
+        said="attention",
+    ),
+    "espnet": Case("espnet", espnet, first),
     "diffusers": Case("diffusers", diffusers(), alone),
     "diffusers_with_norm": Case(
         "diffusers", diffusers(bias=True, norm_num_groups=2), after_the_norm
@@ -279,9 +338,16 @@ LAYOUTS = {
         "flash_attn", layout(["Wqkv"], "out_proj"), alone, said="attention"
     ),
     "opacus": Case("opacus", layout([f"{n}linear" for n in "qkv"], "out_proj"), alone),
+    "w_q": Case("w_q", layout([f"W_{n}" for n in "qkv"], "W_o"), alone),
     "q_linear": Case("q_linear", layout([f"{n}_linear" for n in "qkv"], "out"), alone),
 }
 EVERY = CASES | LAYOUTS
+
+
+class Configured(dict):
+    """A state_dict with what lies beside it, as a `Checkpoint` has it."""
+
+    config = None
 
 
 def made(case):
@@ -291,12 +357,15 @@ def made(case):
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter)
     parent = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"attn": theirs})})
-    return theirs, dict(parent.state_dict())
+    state_dict = Configured(parent.state_dict())
+    state_dict.config = case.config
+    return theirs, state_dict
 
 
 def planned(case, state_dict, num_heads=HEADS, **options):
     kinds = {r"model\.attn": case.said} if case.said else {}
-    return convert.plan_tree(state_dict, num_heads, kinds=kinds, **options)
+    options |= dict(kinds=kinds, config=case.config)
+    return convert.plan_tree(state_dict, num_heads, **options)
 
 
 def test_every_family_is_held_against_something():
@@ -361,7 +430,9 @@ def test_stacked_layers_come_back_exactly(case):
         for name, tensor in one.items()
     }
     kinds = {r".*\.attn": case.said} if case.said else {}
-    conversion = convert.plan_tree(state_dict, HEADS, kinds=kinds, stack=["model"])
+    conversion = convert.plan_tree(
+        state_dict, HEADS, kinds=kinds, stack=["model"], config=case.config
+    )
     params = conversion.params(state_dict)
     assert_same_bits(conversion.state_dict(params), arrays_of(state_dict))
     reports = convert.verify(state_dict, params, conversion=conversion)
@@ -413,9 +484,7 @@ def test_layers_that_mostly_have_positions_are_converted_only_if_told(name):
     with pytest.raises(ValueError) as raised:
         convert.plan_tree(state_dict, HEADS)
     assert layer.unseen in str(raised.value)
-    assert str(raised.value).endswith(
-        '\'model.attn\': kinds={r"model\\.attn": "attention"}'
-    )
+    assert str(raised.value).endswith(': kinds={r"model\\.attn": "attention"}')
 
 
 ALIKE = {
@@ -465,6 +534,30 @@ ALIKE = {
         "there is encoder",
     ),
     "qwen": (layout(["c_attn"], "c_proj", no_bias=["c_proj"]), "nanogpt", "rotary"),
+    "t5": (
+        lambda: transformers.T5Model(
+            transformers.T5Config(
+                d_model=WIDTH,
+                d_kv=2,
+                num_heads=HEADS,
+                d_ff=8,
+                num_layers=1,
+                vocab_size=9,
+            )
+        ),
+        "t5",
+        "not scaled",
+    ),
+    "mpnet": (
+        lambda: transformers.MPNetModel(transformers.MPNetConfig(**PLAIN)),
+        "t5",
+        "there is encoder.relative_attention_bias",
+    ),
+    "roformer": (
+        lambda: transformers.RoFormerModel(transformers.RoFormerConfig(**PLAIN)),
+        "bert",
+        "there is encoder.embed_positions",
+    ),
 }
 
 
@@ -474,7 +567,7 @@ def test_biases_tell_layers_that_compute_more(make, family, unseen):
     state_dict = make().state_dict()
     (layer,) = convert.find_layers(state_dict)
     assert layer.family == family and unseen in layer.unseen
-    with pytest.raises(ValueError, match=f"than its tensors show .*{unseen}"):
+    with pytest.raises(ValueError, match=f"than tensors show .*{unseen}"):
         convert.plan_tree(state_dict, HEADS)
 
 
@@ -496,9 +589,7 @@ def test_positions_beside_layers_are_of_all_below_the_same_module(name):
         f"positions: there is trunk.{name}"
     ] * 2
     assert not outside.unseen
-    with pytest.raises(
-        ValueError, match=r"more than its tensors show .*there is trunk"
-    ):
+    with pytest.raises(ValueError, match=r"more than tensors show .*there is trunk"):
         convert.plan_tree(state_dict, HEADS)
 
 
@@ -552,6 +643,46 @@ def test_lora_is_named_and_converted_when_it_is_merged(targets, state_dict_of):
     assert [layer.prefix for layer in conversion.layers] == ["attn"]
 
 
+OTHERS = {
+    "codegen": (
+        lambda: transformers.CodeGenModel(
+            transformers.CodeGenConfig(
+                n_embd=16, n_head=4, n_layer=1, rotary_dim=2, vocab_size=9
+            )
+        ),
+        "h.0.attn",
+        "an order of their own",
+    ),
+    "deberta": (
+        lambda: transformers.DebertaModel(transformers.DebertaConfig(**PLAIN)),
+        "encoder.layer.0.attention",
+        "relative positions",
+    ),
+    "t5": (
+        ALIKE["t5"][0],
+        "encoder.block.0.layer.0.SelfAttention",
+        "a bias by position",
+    ),
+    "conformer": (
+        lambda: modeling_wav2vec2_bert.Wav2Vec2BertSelfAttention(
+            transformers.Wav2Vec2BertConfig(
+                hidden_size=WIDTH,
+                num_attention_heads=HEADS,
+                position_embeddings_type="relative",
+            )
+        ),
+        "",
+        "a bias by position",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, prefix, reason", OTHERS.values(), ids=OTHERS)
+def test_other_attention_is_listed_with_what_it_is(make, prefix, reason):
+    found = {one.prefix: one for one in convert.find_look_alikes(make().state_dict())}
+    assert reason in found[prefix].reason
+
+
 GPT_SMALL = dict(n_embd=WIDTH, n_head=HEADS, n_layer=2, n_positions=8, vocab_size=11)
 SAVED = {
     "bert": (transformers.BertModel, transformers.BertConfig(**SMALL)),
@@ -568,6 +699,10 @@ SAVED = {
         transformers.ViTConfig(**SMALL, image_size=8, patch_size=4),
     ),
     "gpt2": (transformers.GPT2Model, transformers.GPT2Config(**GPT_SMALL)),
+    "gpt_bigcode": (
+        transformers.GPTBigCodeModel,
+        transformers.GPTBigCodeConfig(**GPT_SMALL, **BIG_CODE),
+    ),
     "gpt_neox": (transformers.GPTNeoXModel, transformers.GPTNeoXConfig(**SMALL)),
     "bloom": (
         transformers.BloomModel,
@@ -625,21 +760,46 @@ def test_what_transformers_save_is_converted_in_two_tries_at_most(
     assert conversion.state_dict(params).keys() == checkpoint.keys()
 
 
-def test_rows_that_only_config_json_tells_are_refused(tmp_path):
-    config = transformers.GPTBigCodeConfig(
-        n_embd=8,
-        n_head=2,
-        n_layer=1,
-        n_positions=4,
-        vocab_size=5,
-        n_inner=8,
-        multi_query=False,
-        bos_token_id=0,
-        eos_token_id=0,
+def test_only_config_json_tells_the_order_of_rows():
+    """The same names and shapes are nanoGPT's."""
+    _, state_dict = made(EVERY["gpt_bigcode"])
+    (layer,) = convert.find_layers(dict(state_dict))
+    assert layer.family == "nanogpt"
+    here, there = (
+        convert.plan_tree(state_dict, HEADS, config=config).params(state_dict)["model"]
+        for config in ({"multi_query": True}, state_dict.config)
     )
-    transformers.GPTBigCodeModel(config).save_pretrained(tmp_path)
-    state_dict = convert.read_state_dict(tmp_path)
-    with pytest.raises(ValueError, match="its rows go head after head"):
-        convert.plan_tree(state_dict)
-    # The same names and shapes in nanoGPT's order.
-    assert convert.plan_tree(state_dict, 2, config={}, kinds={"wte|wpe": "embedding"})
+    weights = [params["attn"]["in_proj_weight"] for params in (here, there)]
+    assert not np.array_equal(*weights)
+    assert np.array_equal(*(np.sort(weight, axis=None) for weight in weights))
+
+
+def test_a_vision_transformer_without_positions_is_asked_about():
+    """Qwen2-VL's, of which no tensor shows that its positions are rotary."""
+    _, state_dict = made(EVERY["timm"])
+    state_dict["model.patch_embed.proj.weight"] = torch.ones(WIDTH, 3, 2, 2)
+    (layer,) = convert.find_layers(state_dict)
+    lacking = "positions: there are none beside model.patch_embed.proj.weight"
+    assert layer.unseen == lacking
+    with pytest.raises(ValueError, match=f"may compute more .*{lacking}"):
+        convert.plan_tree(state_dict, HEADS)
+    assert convert.plan_tree(state_dict, HEADS, config={}).layers
+    state_dict["model.pos_embed"] = torch.ones(1, 4, WIDTH)
+    assert not convert.find_layers(state_dict)[0].unseen
+
+
+def test_attention_over_something_else_is_told_by_its_name():
+    """DaViT's, as Florence-2 has it, is over channels; its tensors are timm's."""
+    _, state_dict = made(EVERY["timm"])
+    names = {name.replace(".attn.", ".channel_attn.fn."): name for name in state_dict}
+    (layer,) = convert.find_layers({new: state_dict[old] for new, old in names.items()})
+    assert layer.unseen == "another attention: channel_attn"
+
+
+def test_positions_of_a_head_beside_layers_are_seen():
+    """LightGlue's, of which only the number of features tells."""
+    _, state_dict = made(EVERY["vit_in_memory"])
+    for rows, unseen in ((WIDTH, ""), (2, "positions: there is positional_encoder.p")):
+        beside = {"positional_encoder.p.weight": torch.ones(rows, 2)}
+        (layer,) = convert.find_layers(state_dict | beside)
+        assert layer.unseen == unseen + ".weight" * bool(unseen)

@@ -1,5 +1,7 @@
 """Whole models: what becomes of every tensor."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -349,14 +351,14 @@ WRONG = {
     "no_heads": (
         dict(state_dict=BELOW),
         ValueError,
-        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
-        "config.json): 'a' (embed_dim 6): num_heads={r\"a\": N}",
+        f"{DOUBT}\n  'a' (embed_dim 6) must have a number of heads, which no tensor "
+        'records (there is no config.json): num_heads={r"a": N}',
     ),
     "no_heads_of_the_whole": (
         dict(state_dict=LAYER),
         ValueError,
-        f"{DOUBT}\n  the number of heads, which no tensor records (there is no "
-        "config.json): '' (embed_dim 6): num_heads=N",
+        f"{DOUBT}\n  '' (embed_dim 6) must have a number of heads, which no tensor "
+        "records (there is no config.json): num_heads=N",
     ),
     "heads_of_others": (
         dict(state_dict=BELOW, num_heads={"b": 3}),
@@ -390,13 +392,14 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  the number of heads, which no tensor records (there is no config.json): 'a' "
-        '(embed_dim 6): num_heads={r"a": N}\n'
-        "  of what only looks like attention (gate.weight: a gate, which "
-        'MultiheadAttention has not): \'b\': kinds={r"b\\.qkv": "kernel"}\n'
-        "  a Linear's or an Embedding's: b.gate.weight, head.weight: "
+        "  'a' (embed_dim 6) must have a number of heads, which no tensor records "
+        '(there is no config.json): num_heads={r"a": N}\n'
+        "  'b' can only be taken module by module, not as attention (gate.weight: a "
+        'gate, which MultiheadAttention has not): kinds={r"b\\.qkv": "kernel"}\n'
+        "  b.gate.weight, head.weight may be a Linear's or an Embedding's: "
         'kinds={r"b\\.gate": "kernel", r"head": "kernel"} or "embedding"\n'
-        f'  of integers or truth values {KEEP}: ids: ignore=[r"ids"]',
+        f"  ids may be no parameters, as integers or truth values {KEEP}: "
+        'ignore=[r"ids"]',
     ),
     "heads_do_not_divide": (
         dict(state_dict=BELOW, num_heads=4),
@@ -469,18 +472,18 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Linear's or an Embedding's: l.weight: "
+        "  l.weight may be a Linear's or an Embedding's: "
         'kinds={r"l": "kernel"} or "embedding"\n'
-        "  not stored as a Linear's or Conv's with that bias: transposed.weight: "
+        "  transposed.weight cannot be a Linear's or Conv's weight beside that bias: "
         'kinds={r"transposed": "weight"}\n'
-        f"  not parameters, but BatchNorm's {KEEP}: bn.running_mean: "
-        r'ignore=[r"bn\.running_mean"]',
+        "  bn.running_mean may be BatchNorm's statistics, which are no parameters "
+        rf'{KEEP}: ignore=[r"bn\.running_mean"]',
     ),
     "integers": (
         dict(state_dict={"position_ids": np.arange(3), "seen": np.array(True)}),
         ValueError,
-        f"{DOUBT}\n  of integers or truth values {KEEP}: position_ids, seen: "
-        'ignore=[r"position_ids", r"seen"]',
+        f"{DOUBT}\n  position_ids, seen may be no parameters, as integers or truth "
+        f'values {KEEP}: ignore=[r"position_ids", r"seen"]',
     ),
     "three_axes_and_norms": (
         dict(
@@ -494,10 +497,11 @@ WRONG = {
         ),
         ValueError,
         f"{DOUBT}\n"
-        "  a Conv's, a Bilinear's or a LayerNorm2d's: bilinear.weight, norm2d.weight: "
-        'kinds={r"bilinear": "kernel", r"norm2d": "kernel"} or "weight"\n'
-        "  not stored as a Linear's or Conv's with that bias: "
-        'grouped_transpose.weight: kinds={r"grouped_transpose": "weight"}',
+        "  bilinear.weight, norm2d.weight may be a Conv's, a Bilinear's or a "
+        'LayerNorm2d\'s: kinds={r"bilinear": "kernel", r"norm2d": "kernel"} or '
+        '"weight"\n'
+        "  grouped_transpose.weight cannot be a Linear's or Conv's weight beside that "
+        'bias: kinds={r"grouped_transpose": "weight"}',
     ),
     "kernel_of_gpt2": (
         dict(
@@ -629,6 +633,37 @@ def test_params_that_were_not_converted_so():
 def test_json_of_something_else(text):
     with pytest.raises(ValueError, match="text must be what Conversion"):
         Conversion.from_json(text)
+
+
+def test_a_conversion_is_shown_as_a_table_in_which_equal_layers_are_one_row():
+    state_dict = encoder().state_dict()
+    shown = repr(plan_tree(state_dict, 3, ignore=[".*norm2.*"]))
+    first, *lines = shown.splitlines()
+    assert first == "Conversion: 20 parameters, 2 attention layers, 4 names ignored"
+    rows = [re.split("  +", line) for line in lines]
+    assert rows[0] == ["in Flax", "in PyTorch", "shape", "dtype", "number"]
+    name = "self_attn.in_proj_weight"
+    assert rows[1] == [
+        "layers_*/self_attn/in_proj_weight",
+        f"layers.*.{name}",
+        *("(3, 3, 2, 6)", "float64", "2"),
+    ]
+    assert len(rows) == 11
+    assert f"  2 layers.*.{name}  " in repr(plan_tree(state_dict, 3, stack=["layers"]))
+
+
+EMBEDDINGS = ["wte", "wpe", "shared", "embed_tokens", "embeddings.word", "codebook"]
+LINEARS = ["lm_head", "q", "embeddings.projection", "patch_embed", "embed.linear"]
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS + LINEARS)
+def test_what_is_likelier_is_said_first(name):
+    first, second = "embedding", "kernel"
+    if name in LINEARS:
+        first, second = second, first
+    with pytest.raises(ValueError) as raised:
+        plan_tree({f"model.{name}.weight": f32(5, 6)})
+    assert str(raised.value).endswith(f': "{first}"}} or "{second}"')
 
 
 # Placement.

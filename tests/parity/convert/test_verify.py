@@ -236,7 +236,7 @@ def test_batches_are_filled_up_to_one_size(monkeypatch, caplog):
     state_dict = attention_layers(7)
     conversion, params = converted(state_dict)
     expected = verify(state_dict, params, conversion=conversion)
-    monkeypatch.setattr(_verify, "_BATCH_BYTES", 3 * 8 * 4 * 4 * 4)
+    monkeypatch.setattr(_verify, "_BATCH_BYTES", 3 * 8 * 4 * (4 * 4 + 400))
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         reports = verify(state_dict, params, conversion=conversion)
@@ -259,6 +259,17 @@ def test_work_grows_no_faster_than_the_number_of_layers():
         calls_of(layers)
     few, more, most = (calls_of(layers) for layers in (40, 80, 160))
     assert most - more < 2.2 * (more - few)
+
+
+def test_a_conversion_of_layers_that_are_not_there_is_refused():
+    state_dict = attention_layers(1)
+    conversion, params = converted(state_dict)
+    text = conversion.to_json()
+    other = conversion.from_json(text.replace('"torch"', '"linears"'))
+    with pytest.raises(ValueError, match="an attention layer stored as 'linears': mis"):
+        verify(state_dict, params, conversion=other)
+    with pytest.raises(ValueError, match="family must be a known one, got 'nothing'"):
+        conversion.from_json(text.replace('"torch"', '"nothing"'))
 
 
 def test_params_of_another_model_are_refused():

@@ -1,0 +1,66 @@
+"""What is the same: results and derivatives of ours, and those of the definition."""
+
+import numpy as np
+
+# Of a sum of few terms, relative to the largest magnitude. That of narrow dtypes is
+# rounded at each step; float64 is where a mistake would show.
+TOLERANCE = {"float64": 1e-9, "float32": 5e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
+
+
+class Mismatch(AssertionError):
+    """Ours is not what it should be."""
+
+
+def widest_tolerance(*dtypes):
+    return max(TOLERANCE[np.dtype(dtype).name] for dtype in dtypes)
+
+
+def same(got, want, tolerance, *, least=0.0):
+    """Checks arrays by name: shapes, where there is NaN, and values.
+
+    Args:
+        least: A magnitude that errors may always be relative to.
+    """
+    if got.keys() != want.keys():
+        raise Mismatch(f"got {sorted(got)}, wanted {sorted(want)}")
+    for name, expected in want.items():
+        actual = np.asarray(got[name], np.float64)
+        if actual.shape != expected.shape:
+            raise Mismatch(f"{name} has shape {actual.shape}, not {expected.shape}")
+        if not np.array_equal(np.isnan(actual), np.isnan(expected)):
+            raise Mismatch(
+                f"{name} has {np.isnan(actual).sum()} NaN, in other places than the "
+                f"{np.isnan(expected).sum()} that it should have"
+            )
+        scale = max(np.nanmax(np.abs(expected), initial=0.0), least, 1e-30)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(actual - expected)
+        error = np.nanmax(np.where(actual == expected, 0, error), initial=0.0) / scale
+        if not error <= tolerance:
+            raise Mismatch(f"{name} is off by {error:.2g}, relative to the largest")
+
+
+def same_slopes(gradients, directions, want, tolerance):
+    """Checks gradients by name, each along a direction.
+
+    Args:
+        want: By name, how fast the loss changes along it.
+    """
+    largest = max([_magnitude(x) for x in gradients.values()], default=0.0)
+    for name, slope in want.items():
+        d = np.asarray(gradients[name], np.float64)
+        if d.shape != directions[name].shape:
+            raise Mismatch(f"d_{name} has shape {d.shape}")
+        got = np.sum(d * directions[name])
+        terms = np.abs(directions[name]) * np.maximum(np.abs(d), largest / 100)
+        scale = max(np.nansum(terms) / np.sqrt(max(d.size, 1)), 1e-30)
+        if np.isnan(got) != np.isnan(slope) or abs(got - slope) / scale > tolerance:
+            raise Mismatch(
+                f"d_{name}, along a direction: got {got}, wanted {slope}, "
+                f"off by {abs(got - slope) / scale:.2g}"
+            )
+
+
+def _magnitude(x):
+    x = np.abs(np.asarray(x, np.float64))
+    return np.nanmax(np.where(np.isfinite(x), x, 0), initial=0.0)

@@ -1,0 +1,47 @@
+"""Configurations: drawn from tables of options, and made simple again.
+
+A configuration is a dict of plain values, so that it can be pasted into Python. Tables
+list the simplest value of each option first, and a value twice that is to be drawn
+twice as often.
+"""
+
+import numpy as np
+
+
+def draw(options, settle, rng):
+    """Returns a configuration, and `numbers`, the seed of its arrays.
+
+    Args:
+        settle: Changes, in place, values that exclude each other.
+    """
+    config = {
+        name: values[rng.integers(len(values))] for name, values in options.items()
+    }
+    config["numbers"] = int(rng.integers(2**31))
+    settle(config)
+    return config
+
+
+def simplest(config, options, settle, fails):
+    """Returns a configuration that still fails, each option as simple as can be."""
+    is_simpler = True
+    while is_simpler:
+        is_simpler = False
+        for name, values in options.items():
+            for value in values[: values.index(config[name])]:
+                candidate = config | {name: value}
+                settle(candidate)
+                if candidate[name] == value and fails(candidate):
+                    config, is_simpler = candidate, True
+                    break
+    return config
+
+
+def pick(config, *names):
+    """Returns keyword arguments of a configuration."""
+    return {name: config[name] for name in names}
+
+
+def generator(config):
+    """Returns the generator of a configuration's arrays."""
+    return np.random.default_rng(config["numbers"])

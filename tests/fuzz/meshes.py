@@ -1,0 +1,273 @@
+"""Layers on meshes: the numbers of one device, whatever divides what."""
+
+import contextlib
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_mha import MultiheadAttention
+from flax_mha.sharding import param_shardings
+from tests.fuzz.comparing import same
+from tests.fuzz.drawing import generator, pick
+
+DEVICES = 8  # that the host has to have
+AXES = ("data", "fsdp", "tensor")
+OPTIONS = {
+    "axes": ["explicit", "rules", "mixed"],
+    "shape": [(1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)],
+    "transform": ["none", "remat", "scan", "vmap", "jvp", "hvp"],
+    "implementation": [None, None, "blockwise", "reference"],
+    "batch": [4, 8, 3, 1],
+    "batch_over": [("data", "fsdp"), ("data",), ()],
+    "embed_over": ["fsdp", None],
+    "tgt_len": [3, 5, 300],
+    "src_len": [None, 4, 7],
+    "num_heads": [4, 8],
+    "head_dim": [2, 3],
+    "kdim": [None, None, 4],
+    "bias": [True, False],
+    "batch_first": [True, False],
+    "add_bias_kv": [False, False, True],
+    "add_zero_attn": [False, False, True],
+    "key_padding_mask": [None, None, "bool", "float"],
+    "attn_mask": [None, None, "bool", "float", "heads", "four", "four_shared"],
+    "mask_over": [False, True],  # divided as the call, or not at all
+    "is_causal": [False, True],
+    "need_weights": [False, True],
+    "average_attn_weights": [True, False],
+    "dropout": [0.0, 0.0, 0.4],
+}
+MODULE = ("batch_first", "add_bias_kv", "add_zero_attn", "bias", "dropout", "kdim")
+CALL = ("need_weights", "average_attn_weights", "is_causal")
+
+
+def settle(config):
+    """Changes options that exclude each other."""
+    if config["src_len"] is None:
+        config["kdim"] = None
+    if config["transform"] in ("scan", "vmap"):
+        config["src_len"] = config["kdim"] = None
+    if config["tgt_len"] > 100:
+        config.update(batch=min(config["batch"], 4), num_heads=4)
+    if config["axes"] != "rules" and config["batch"] % parts(config, "batch_over"):
+        config["batch_over"] = ()
+    if config["embed_over"] and 6 % config["shape"][1]:
+        config["embed_over"] = None
+
+
+def parts(config, name):
+    sizes = dict(zip(AXES, config["shape"], strict=True))
+    return np.prod([sizes[axis] for axis in config[name]], dtype=int)
+
+
+def check(config):
+    """Raises `Mismatch` if a mesh has other numbers than one device."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        function, args, names = program(config)
+        want = jax.jit(function)(*args)
+        with on_mesh(config) as mesh:
+            got = jax.jit(function)(*placed(config, mesh, args, names))
+    flat = functools.partial(jax.tree_util.tree_flatten_with_path)
+    by_name = [
+        {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat(tree)[0]}
+        for tree in (got, want)
+    ]
+    largest = max(np.nanmax(np.abs(x), initial=0) for x in by_name[1].values())
+    same(*by_name, 1e-11, least=largest / 100)
+
+
+def program(config):
+    """Returns a function, its arguments, and names of the axes of the inputs."""
+    rng = generator(config)
+    heads, tgt_len = config["num_heads"], config["tgt_len"]
+    embed, batch = heads * config["head_dim"], config["batch"]
+    src_len = config["src_len"] or tgt_len
+    mha = MultiheadAttention(
+        embed,
+        heads,
+        param_dtype=jnp.float64,
+        implementation=config["implementation"],
+        deterministic=False,
+        **pick(config, *MODULE),
+    )
+
+    def sequence(length, features):
+        shape = (batch, length) if config["batch_first"] else (length, batch)
+        return rng.normal(size=(*shape, features or embed))
+
+    arrays = dict(query=sequence(tgt_len, embed))
+    if config["src_len"]:
+        arrays["key"] = sequence(src_len, config["kdim"])
+        arrays["value"] = sequence(src_len, embed)
+    arrays |= draw_masks(config, rng, batch, heads, tgt_len, src_len)
+    inputs = [arrays[n] for n in ("query", "key", "value") if n in arrays]
+    inputs = inputs if len(inputs) == 3 else inputs * 3
+    keys = dict(params=jax.random.key(0), dropout=jax.random.key(1))
+    params = mha.init(keys, *inputs)["params"]
+    params = jax.tree.map(lambda x: np.asarray(x + 0.1 * jnp.cos(x * 50)), params)
+
+    def call(params, arrays):
+        masks = {n: arrays[n] for n in arrays if n.endswith("mask")}
+        query = arrays["query"]
+        out, weights = mha.apply(
+            {"params": params},
+            *(query, arrays.get("key", query), arrays.get("value", query)),
+            **masks,
+            **pick(config, *CALL),
+            rngs={"dropout": jax.random.key(2)},
+        )
+        return {"out": out} | ({} if weights is None else {"weights": weights})
+
+    return TRANSFORMS[config["transform"]](call), (params, arrays), names_of(config)
+
+
+def draw_masks(config, rng, batch, heads, tgt_len, src_len):
+    masks = {}
+    if config["key_padding_mask"]:
+        mask = rng.random((batch, src_len)) < 0.3
+        mask[:, 0] = False
+        masks["key_padding_mask"] = mask
+        if config["key_padding_mask"] == "float":
+            masks["key_padding_mask"] = rng.normal(size=mask.shape)
+    lead = {
+        "bool": (),
+        "float": (),
+        "heads": (batch * heads,),
+        "four": (batch, heads),
+        "four_shared": (1, heads),
+    }
+    if config["attn_mask"]:
+        shape = (*lead[config["attn_mask"]], tgt_len, src_len)
+        masks["attn_mask"] = rng.normal(size=shape)
+        if config["attn_mask"] == "bool":
+            masks["attn_mask"] = masks["attn_mask"] > 0.5
+            masks["attn_mask"][..., 0] = False
+    return masks
+
+
+def names_of(config):
+    """Returns which axes of the inputs are the batch, and the heads."""
+    first = ("batch",) if config["batch_first"] else (None, "batch")
+    names = dict.fromkeys(("query", "key", "value"), first)
+    if config["mask_over"]:
+        names["key_padding_mask"] = ("batch",)
+        lead = {"heads": ("batch",), "four": ("batch", "heads")}
+        names["attn_mask"] = {**lead, "four_shared": (None, "heads")}.get(
+            config["attn_mask"], ()
+        )
+    return names
+
+
+@contextlib.contextmanager
+def on_mesh(config):
+    kinds = dict(explicit="EEE", rules="AAA", mixed="EEA")[config["axes"]]
+    kind = dict(E=AxisType.Explicit, A=AxisType.Auto)
+    count = np.prod(config["shape"])
+    mesh = jax.make_mesh(
+        config["shape"],
+        AXES,
+        tuple(kind[letter] for letter in kinds),
+        devices=jax.devices()[:count],
+    )
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules_of(config)):
+        yield mesh
+
+
+def rules_of(config):
+    return (
+        ("batch", config["batch_over"] or None),
+        ("heads", "tensor"),
+        ("embed", config["embed_over"]),
+    )
+
+
+def placed(config, mesh, args, names):
+    params, arrays = args
+    rules = dict(rules_of(config))
+    spec = {"batch": config["batch_over"], "heads": ("tensor",)}
+
+    def put(name, x):
+        axes = [spec.get(axis, ()) for axis in names.get(name, ())]
+        sizes = [np.prod([mesh.shape[a] for a in part], dtype=int) for part in axes]
+        fits = all(x.shape[n] % size == 0 for n, size in enumerate(sizes))
+        return jax.device_put(x, NamedSharding(mesh, P(*axes) if fits else P()))
+
+    shardings = param_shardings(params, mesh, tuple(rules.items()))
+    arrays = {name: put(name, x) for name, x in arrays.items()}
+    return jax.device_put(params, shardings), arrays
+
+
+def loss_of(call):
+    def loss(params, floats, rest):
+        results = call(params, floats | rest)
+        waves = [
+            jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)))
+            for x in results.values()
+        ]
+        return sum(waves), results
+
+    return loss
+
+
+def split(arrays):
+    floats = {n: x for n, x in arrays.items() if x.dtype != bool}
+    return floats, {n: x for n, x in arrays.items() if x.dtype == bool}
+
+
+def plain(call):
+    def step(params, arrays):
+        loss = jax.value_and_grad(loss_of(call), argnums=(0, 1), has_aux=True)
+        return loss(params, *split(arrays))
+
+    return step
+
+
+def remat(call):
+    return plain(jax.checkpoint(call))
+
+
+def scan(call):
+    def three(params, arrays):
+        def step(query, _):
+            return call(params, arrays | {"query": query})["out"], None
+
+        return {"out": jax.lax.scan(step, arrays["query"], None, length=3)[0]}
+
+    return plain(three)
+
+
+def vmap(call):
+    def both(params, arrays):
+        pair = jnp.stack([arrays["query"], arrays["query"] * 2])
+        return jax.vmap(lambda x: call(params, arrays | {"query": x}))(pair)
+
+    return plain(both)
+
+
+def jvp(call):
+    def step(params, arrays):
+        floats, rest = split(arrays)
+        along = jax.tree.map(jnp.sin, (params, floats))
+        return jax.jvp(lambda p, f: call(p, f | rest), (params, floats), along)
+
+    return step
+
+
+def hvp(call):
+    def step(params, arrays):
+        floats, rest = split(arrays)
+
+        def gradient(params):
+            return jax.grad(loss_of(call), has_aux=True)(params, floats, rest)[0]
+
+        return jax.jvp(gradient, (params,), (jax.tree.map(jnp.sin, params),))
+
+    return step
+
+
+TRANSFORMS = dict(none=plain, remat=remat, scan=scan, vmap=vmap, jvp=jvp, hvp=hvp)

@@ -1,0 +1,45 @@
+"""Some of what `python -m tests.fuzz` draws, and that it would find a fault."""
+
+import numpy as np
+import pytest
+
+from tests.fuzz import definition, layer
+from tests.fuzz.comparing import Mismatch
+from tests.fuzz.drawing import draw, simplest
+
+SEED, COUNT = 1, 12
+
+
+def drawn(n):
+    rng = np.random.default_rng([SEED, n])
+    return draw(layer.OPTIONS, layer.settle, rng)
+
+
+@pytest.mark.parametrize("n", range(COUNT))
+def test_a_layer_is_what_it_is_by_definition(n):
+    layer.check(drawn(n))
+
+
+def test_a_draw_can_be_repeated():
+    assert drawn(3) == drawn(3) != drawn(4)
+
+
+def test_a_fault_is_found(monkeypatch):
+    def fault(*args, **options):
+        return [-x for x in project(*args, **options)]
+
+    project = definition.project
+    monkeypatch.setattr(definition, "project", fault)
+    with pytest.raises(Mismatch):
+        layer.check(drawn(0) | dict(tgt_len=3, src_len=3, transform="eager"))
+
+
+def test_a_failing_configuration_is_made_simple():
+    config = simplest(
+        drawn(5) | dict(num_heads=5, batch=3),
+        layer.OPTIONS,
+        layer.settle,
+        fails=lambda config: config["num_heads"] > 1,
+    )
+    changed = {n for n, values in layer.OPTIONS.items() if config[n] != values[0]}
+    assert changed == {"num_heads"} and config["num_heads"] == 2

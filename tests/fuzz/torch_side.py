@@ -1,0 +1,129 @@
+"""Live PyTorch, where it is installed, in float64: on its ordinary path."""
+
+import functools
+import importlib.util
+import warnings
+
+import numpy as np
+
+from tests.fuzz.drawing import pick
+
+
+def can_run(config):
+    """Whether PyTorch is there, and takes such a call of the layer."""
+    has_float_masks = config["key_padding_mask"] and config["attn_mask"]
+    is_empty = 0 in (config["batch"], config["tgt_len"], config["src_len"])
+    return (
+        importlib.util.find_spec("torch") is not None
+        # It draws dropout otherwise.
+        and (config["dropout"] == 0 or config["deterministic"])
+        # It wants an attn_mask beside.
+        and not (config["is_causal"] and config["attn_mask"] is None)
+        # Their sum would overflow in narrower dtypes alone.
+        and not (config["lowest"] and has_float_masks and config["dtype"] != "float64")
+        # It cannot reshape masks without elements.
+        and not (is_empty and (config["key_padding_mask"] or config["attn_mask"]))
+    )
+
+
+def results(config, params, arrays, ours):
+    """Returns PyTorch's results, and its gradients, "d_" before their names.
+
+    Args:
+        arrays: All of them; floating ones of each set, if there are sets.
+        ours: Whose cotangents are taken.
+    """
+    if not ours.has_sets:
+        return _of_one_set(
+            config, params, arrays, ours.cotangents, bool(ours.gradients)
+        )
+    sets = []
+    for s in range(2):
+        one = {n: x if x.dtype == bool else x[s] for n, x in arrays.items()}
+        cotangents = {n: x[s] for n, x in ours.cotangents.items()}
+        sets.append(_of_one_set(config, params, one, cotangents, True))
+    shared = {f"d_{name}" for name in params}
+    return {
+        name: sum(one[name] for one in sets)
+        if name in shared
+        else np.stack([one[name] for one in sets])
+        for name in sets[0]
+    }
+
+
+def _of_one_set(config, params, arrays, cotangents, with_gradients):
+    import torch
+
+    def tensor(x):
+        is_bool = x.dtype == bool
+        return torch.tensor(
+            x if is_bool else x.astype(np.float64), requires_grad=not is_bool
+        )
+
+    tensors = {name: tensor(x) for name, x in (arrays | params).items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Support for mismatched")
+        out, weights = _call(config, {n: tensors[n] for n in params}, tensors)
+    found = {"output": out} | ({} if weights is None else {"weights": weights})
+    results = {name: x.detach().numpy() for name, x in found.items()}
+    if not with_gradients:
+        return results
+    leaves = {n: x for n, x in tensors.items() if x.requires_grad}
+    gradients = torch.autograd.grad(
+        list(found.values()),
+        list(leaves.values()),
+        [torch.tensor(cotangents[n].astype(np.float64)) for n in found],
+        allow_unused=True,  # a mask that the is_causal hint replaces
+        materialize_grads=True,
+    )
+    return results | {
+        f"d_{name}": d.numpy() for name, d in zip(leaves, gradients, strict=True)
+    }
+
+
+def _call(config, params, tensors):
+    import torch
+
+    key = tensors.get("key", tensors["query"])
+    arguments = dict(
+        query=tensors["query"],
+        key=key,
+        value=tensors.get("value", key),
+        key_padding_mask=tensors.get("key_padding_mask"),
+        attn_mask=tensors.get("attn_mask"),
+        **pick(config, "need_weights", "average_attn_weights", "is_causal"),
+    )
+    if config["api"] != "functional":
+        module = _module(
+            config["num_heads"] * config["head_dim"],
+            config["num_heads"],
+            **pick(config, "bias", "add_bias_kv", "add_zero_attn", "batch_first"),
+            **pick(config, "kdim", "vdim"),
+        )
+        return torch.func.functional_call(module, params, kwargs=arguments)
+    return torch.nn.functional.multi_head_attention_forward(
+        **arguments,
+        embed_dim_to_check=config["num_heads"] * config["head_dim"],
+        num_heads=config["num_heads"],
+        in_proj_weight=params.get("in_proj_weight"),
+        in_proj_bias=params.get("in_proj_bias"),
+        bias_k=params.get("bias_k"),
+        bias_v=params.get("bias_v"),
+        add_zero_attn=config["add_zero_attn"],
+        dropout_p=0.0,
+        out_proj_weight=params["out_proj.weight"],
+        out_proj_bias=params.get("out_proj.bias"),
+        use_separate_proj_weight="in_proj_weight" not in params,
+        **{f"{n}_proj_weight": params.get(f"{n}_proj_weight") for n in "qkv"},
+        static_k=tensors.get("static_k"),
+        static_v=tensors.get("static_v"),
+    )
+
+
+@functools.lru_cache(maxsize=1000)
+def _module(embed_dim, num_heads, **options):
+    import torch
+
+    return torch.nn.MultiheadAttention(
+        embed_dim, num_heads, **options, dtype=torch.float64
+    )

@@ -1,0 +1,144 @@
+"""Our TPU kernel's numbers, interpreted on the CPU, against the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_mha._call import Call
+from flax_mha._dropout import Dropout, Part
+from flax_mha._kernels import mosaic, reference
+from flax_mha._masks import Mask
+
+BATCH, HEADS = 2, 2
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(shape[-1]).normal(size=shape), "float32")
+
+
+def padding(src, *lengths):
+    is_padding = np.arange(src) >= np.array(lengths)[:, None]
+    return jnp.asarray(is_padding[:, None, None, :])
+
+
+def lowest(tgt, src):
+    """Rows that are even again, as all of their logits are the lowest number."""
+    return jnp.full((1, 1, tgt, src), jnp.finfo("float32").min)
+
+
+# (mask, queries, keys that masks cover, head_dim, dtype, dropout)
+CASES = {
+    "one-query": (Mask(), 1, 7, 32, "float32", None),
+    "several-blocks": (Mask(), 600, 130, 256, "float32", None),
+    "bfloat16": (Mask(), 130, 600, 80, "bfloat16", None),
+    "tall-blocks": (Mask(), 1100, 600, 64, "bfloat16", 0.1),
+    "causal": (Mask(is_causal=True), 300, 600, 32, "float32", None),
+    "causal-open": (Mask(is_causal=True, open_columns=3), 300, 300, 32, "float32", 0.3),
+    "padding": (Mask(blocked=(padding(700, 100, 700),)), 130, 700, 32, "float32", None),
+    "dead-rows": (Mask(blocked=(padding(130, 0, 130),)), 7, 130, 32, "float32", None),
+    "open": (
+        Mask(allowed=(~padding(300, 0, 5),), open_columns=2),
+        *(7, 300, 32, "float32", None),
+    ),
+    "float-padding-of-each-head": (
+        Mask(attn_bias=(normal(BATCH, HEADS, 1, 300),)),
+        *(7, 300, 32, "float32", None),
+    ),
+    "float-mask": (
+        Mask(attn_bias=(normal(1, 1, 130, 300).astype("bfloat16"),)),
+        *(130, 300, 32, "float32", 0.1),
+    ),
+    "float16-mask-of-each-head": (
+        Mask(attn_bias=(normal(1, HEADS, 130, 300).astype("float16"),), open_columns=1),
+        *(130, 300, 32, "float32", None),
+    ),
+    "masks-of-each-head": (
+        Mask(
+            blocked=(normal(BATCH, HEADS, 130, 300) > 1, padding(300, 200, 300)),
+            attn_bias=(normal(BATCH, HEADS, 130, 300),),
+        ),
+        *(130, 300, 32, "float32", None),
+    ),
+    "lowest": (Mask(attn_bias=(lowest(7, 300),)), 7, 300, 32, "float32", None),
+    "all-dropped": (Mask(), 7, 300, 32, "float32", 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients(name):
+    mask, tgt, src, head_dim, dtype, rate = CASES[name]
+    src += mask.open_columns
+    rng = np.random.default_rng(0)
+    lengths = tgt, src, src, tgt
+    arrays = [rng.normal(size=(BATCH, n, HEADS, head_dim)) for n in lengths]
+    *inputs, d_out = (jnp.asarray(x, dtype) for x in arrays)
+    dropout = None if rate is None else Dropout(jnp.array([5, 7], jnp.uint32), rate)
+    scale = jnp.float32(head_dim**-0.5)
+    assert mosaic.unsupported(Call(*inputs, mask, scale, dropout)) is None
+
+    @jax.jit
+    def ours(q, k, v, d_out):
+        call = Call(q, k, v, mask, scale, dropout)
+        options = dict(precision="highest", interpret=True)
+        out, lse = mosaic.forward(call, **options)
+        gradients = mosaic.backward(call, out, lse, d_out, with_bias=False, **options)
+        return out, gradients.query, gradients.key, gradients.value, gradients.scale
+
+    @jax.jit
+    def definition(q, k, v, d_out):
+        def attend(q, k, v, scale):
+            return reference.attend(Call(q, k, v, mask, scale, dropout))[0]
+
+        out, pull_back = jax.vjp(attend, q, k, v, scale.astype("float64"))
+        return out, *pull_back(d_out)
+
+    wide = [x.astype("float64") for x in (*inputs, d_out)]
+    tolerance = 2e-2 if dtype == "bfloat16" else 1e-5
+    pairs = list(zip(ours(*inputs, d_out), definition(*wide), strict=True))
+    if dtype == "bfloat16":
+        del pairs[-1]  # the gradient of the scale is what little is left of a sum
+    for got, want in pairs:
+        largest = max(float(jnp.max(jnp.abs(want))), 1e-3)
+        got = np.asarray(got, np.float64)
+        np.testing.assert_allclose(
+            got / largest, want / largest, atol=tolerance, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    "length, most, size",
+    [(1, 512, 128), (577, 1024, 640), (577, 512, 384), (1100, 1024, 640)],
+)
+def test_lengths_are_rounded_to_the_register_and_not_to_the_block(length, most, size):
+    assert mosaic._part(length, most) == size
+
+
+def test_a_part_drops_what_the_whole_does():
+    q = k = v = normal(2, 9, 4, 32)
+    seed = jnp.array([5, 7], jnp.uint32)
+    whole = Call(q, k, v, Mask(), jnp.float32(1), Dropout(seed, 0.4))
+    part = Dropout(seed, 0.4, Part(*(np.asarray(n, np.int32) for n in (1, 2, 4))))
+    call = Call(q[1:, :, 2:], k[1:, :, 2:], v[1:, :, 2:], Mask(), jnp.float32(1), part)
+    got, _ = mosaic.forward(call, interpret=True)
+    want, _ = mosaic.forward(whole, interpret=True)
+    np.testing.assert_allclose(got, want[1:, :, 2:], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(dtype="float16"), "it takes float32 and bfloat16, not float16"),
+        (dict(shape=(1, 8, 1, 320)), "it takes a head_dim up to 256, not 320"),
+        (dict(shape=(1, 0, 1, 32)), "it takes no empty arrays"),
+        (dict(shape=(1, 8200, 1, 32)), "it takes up to 8192 keys, not 8200"),
+        (
+            dict(mask=Mask(attn_bias=(np.zeros((1, 1, 8, 8), "float16"),) * 2)),
+            "it does not round the sum of several float masks",
+        ),
+    ],
+)
+def test_reasons_from_shapes_and_dtypes(change, reason):
+    given = dict(shape=(1, 8, 1, 32), dtype="float32", mask=Mask()) | change
+    x = jax.ShapeDtypeStruct(given["shape"], given["dtype"])
+    assert mosaic.unsupported(Call(x, x, x, given["mask"])) == reason
