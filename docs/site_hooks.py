@@ -7,7 +7,7 @@ import posixpath
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(\.\./([^)#]+)\)")  # to a file of the repository
@@ -22,7 +22,8 @@ def on_files(files, config):
         text = path.read_text()
         if path.suffix != ".md":
             text = f"# {name}\n\n```{path.suffix[1:]}\n{text}```\n"
-        files.append(File.generated(config, _page(name), content=text))
+        where = dict(inclusion=InclusionLevel.NOT_IN_NAV)
+        files.append(File.generated(config, _page(name), content=text, **where))
     return files
 
 

@@ -40,8 +40,8 @@ class MultiheadAttention(nnx.Module):
     `sharding_rules` give for "heads" and "embed", or that have these names.
 
     Attributes:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
-            batch_first, device: PyTorch's, in its order.
+        embed_dim, num_heads, dropout, bias: PyTorch's, in its order.
+        add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device: So are these.
         dtype, param_dtype, deterministic, precision, implementation: As in linen.
             `deterministic` is what `train()`, `eval()` and `nnx.view` set.
         decode, cache_dtype: As in linen, with the cache in `self.cache`, an `nnx.Cache`
@@ -49,9 +49,10 @@ class MultiheadAttention(nnx.Module):
             max_length=...)` makes.
         kernel_init, out_kernel_init, bias_init, out_bias_init, bias_kv_init: As in
             linen. `nnx.with_partitioning` may be round them.
-        kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata,
-            bias_kv_metadata: Further metadata of these parameters; that of the
-            out-projection is the other's if None.
+        kernel_metadata, bias_metadata, bias_kv_metadata: Further metadata of these
+            parameters.
+        out_kernel_metadata, out_bias_metadata: Those of the out-projection; None:
+            the others'.
         rngs: Draws parameters from "params".
         keep_rngs: Keep a fork of the "dropout" stream, if there is dropout.
 
