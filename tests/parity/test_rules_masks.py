@@ -131,7 +131,7 @@ def test_masked_weight_is_exactly_0(dtype):
 WRONG_ATTN_MASKS = {
     "0d": (BATCH, ()),
     "1d": (BATCH, (SRC,)),
-    "4d": (BATCH, (BATCH, HEADS, TGT, SRC)),
+    "4d": (BATCH, (HEADS, BATCH, TGT, SRC)),  # right ones are what PyTorch lacks
     "swapped": (BATCH, (SRC, TGT)),
     "tgt_1": (BATCH, (1, SRC)),
     "src_1": (BATCH, (TGT, 1)),
@@ -142,7 +142,7 @@ WRONG_ATTN_MASKS = {
     "3d_tgt_1": (BATCH, (BATCH * HEADS, 1, SRC)),
     "unbatched-0d": (None, ()),
     "unbatched-1d": (None, (SRC,)),
-    "unbatched-4d": (None, (1, HEADS, TGT, SRC)),
+    "unbatched-4d": (None, (2, HEADS, TGT, SRC)),
     "unbatched-1_tgt_src": (None, (1, TGT, SRC)),
     "unbatched-swapped": (None, (SRC, TGT)),
 }
@@ -463,7 +463,7 @@ def test_mask_that_is_causal_replaces_may_have_any_shape(shape, dtype):
 
 WRONG_REPLACED_MASKS = {
     "rank_1": (ValueError, BATCH, np.zeros(SRC, bool)),
-    "rank_4": (ValueError, BATCH, np.zeros((1, 1, TGT, SRC), bool)),
+    "rank_5": (ValueError, BATCH, np.zeros((1, 1, 1, TGT, SRC), bool)),
     "integer": (TypeError, BATCH, np.zeros((TGT, SRC), int)),
     "unbatched_3d": (ValueError, None, np.zeros((7, 3, 3), bool)),
 }
