@@ -33,7 +33,7 @@ def varying(tree: Any, axes: frozenset[str]) -> Any:
 def mesh_of(x: Any) -> Any:
     """Returns the mesh of `jax.set_mesh`, or of an array's type, or None."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty and isinstance(x, jax.Array):  # or a quantized weight
         mesh = jax.typeof(x).sharding.mesh
     return None if mesh.empty else mesh
 
@@ -86,7 +86,8 @@ def is_mapped_over() -> bool:
 
 def explicit_spec(x: Any) -> tuple[Axes, ...]:
     """Returns the explicit mesh axes that divide each axis of an array."""
-    spec = tuple(jax.typeof(x).sharding.spec)
+    is_array = isinstance(x, jax.Array)  # not NumPy's, nor a quantized weight
+    spec = tuple(jax.typeof(x).sharding.spec) if is_array else ()
     return tuple(as_tuple(axes) for axes in spec + (None,) * (x.ndim - len(spec)))
 
 

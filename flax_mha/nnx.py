@@ -286,7 +286,7 @@ class MultiheadAttention(nnx.Module):
 
     def _rules(self) -> tuple[Any, ...]:
         """Returns what divides a call: the weights' own rules, then the context's."""
-        own = self.out_proj.weight.get_metadata().get("sharding_rules") or ()
+        own = getattr(self.out_proj.weight, "sharding_rules", None) or ()
         return (*own, *nn.get_logical_axis_rules())
 
     def _dropout(
