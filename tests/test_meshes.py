@@ -303,6 +303,27 @@ def test_one_sequence_over_a_mesh_axis_of_one_device(kind):
         assert_same(jax.jit(run)(params, x), want)
 
 
+def test_explicit_and_auto_axes_may_be_mixed():
+    _, (params, x, *_) = step_of("plain")
+    types = AxisType.Explicit, AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), types)
+    want = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(TENSOR[1:]):
+        args = placed(mesh, "plain", step_of("plain")[1])[:2]
+        (call,) = explain(layer, *args)
+        assert call.divided == dict(batch=("data",), heads=("tensor",))
+        assert_same(jax.jit(jax.grad(loss, (0, 1)))(*args), want)
+
+
+def test_fully_sharded_parameters_do_not_divide_the_output():
+    mesh, _ = on_mesh("explicit", ())
+    with jax.set_mesh(mesh):
+        params = step_of("plain")[1][0]
+        shardings = param_shardings(params, mesh, [("embed", "data")])
+        out = layer(jax.device_put(params, shardings), np.ones((3, LENGTH, EMBED)))
+        assert not any(jax.typeof(out).sharding.spec)
+
+
 def test_eager_calls_are_compiled_once(kind):
     mesh, context = on_mesh(kind, TENSOR)
     with jax.set_mesh(mesh), context:

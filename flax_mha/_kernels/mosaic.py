@@ -72,9 +72,7 @@ def forward(
     """As that of all kernels; see `_kernels`. `interpret` runs it on any platform."""
     from flax_mha._kernels import _mosaic_calls
 
-    setting, shared = _work(call, precision, interpret, tall=True)
-    value = _rows_last(call.value, _padded(setting.columns, call.key.shape[1]))
-    shared = shared._replace(value=value)
+    setting, shared = _work(call, precision, interpret, is_forward=True)
     out, maximum, total = _mosaic_calls.forward(setting, shared)
     tgt_len = call.query.shape[1]
     is_dead = total == 0
@@ -98,12 +96,10 @@ def backward(
     from flax_mha._kernels import _mosaic_calls
 
     assert not (with_bias and call.mask.attn_bias)
-    setting, shared = _work(call, precision, interpret)
+    setting, shared = _work(call, precision, interpret, is_forward=False)
     query, key, value, _, scale, *_ = call
-    src = _padded(setting.columns, key.shape[1])
-    tgt = _padded(setting.rows, query.shape[1])
+    tgt = shared.query.shape[3]
     delta = delta_of(out, d_out, jnp.float32)
-    shared = shared._replace(value=_pad(value.swapaxes(1, 2), 2, src))
     d_query, d_key, d_value = _mosaic_calls.backward(
         setting,
         shared,
@@ -123,16 +119,12 @@ def backward(
 
 
 def _work(
-    call: Call, precision: Precision, interpret: bool, tall: bool = False
+    call: Call, precision: Precision, interpret: bool, *, is_forward: bool
 ) -> tuple[Any, Any]:
-    """Returns the setting of the kernels, and what they share, without values.
-
-    Args:
-        tall: Blocks may have more rows.
-    """
+    """Returns the setting of the kernels, and what they read alike."""
     from flax_mha._kernels._mosaic_calls import Setting, Shared
 
-    query, key, _, mask, scale, dropout, _ = call
+    query, key, value, mask, scale, dropout, _ = call
     batch, _, tgt_len, src_len = call.logits
     tile = _tile(call)
     masks = _masks_of_rows(mask)
@@ -143,8 +135,8 @@ def _work(
     limit = tile
     if masks and src_len > _FEW_KEYS:
         limit = 256
-    elif tall and tile == _TILE and src_len <= _FEW_KEYS and not (masks or skips):
-        limit = _TALL
+    elif is_forward and tile == _TILE and src_len <= _FEW_KEYS:
+        limit = tile if masks or skips else _TALL
     rows = _part(tgt_len, limit)
     tgt = _padded(rows, tgt_len)
     visible = jnp.ones((batch, src // columns), jnp.int32)
@@ -167,9 +159,9 @@ def _work(
         jnp.zeros(5, jnp.int32) if dropout is None else _numbers(dropout, call),
         _rows_last((query.astype(scale.dtype) * scale).astype(query.dtype), tgt),
         _pad(key.swapaxes(1, 2), 2, src),
-        key,  # replaced by the caller
+        _rows_last(value, src) if is_forward else _pad(value.swapaxes(1, 2), 2, src),
         () if bias is None else (bias[..., None],),
-        tuple(_pad(_pad(x, 3, src, value), 2, tgt) for x, value in masks),
+        tuple(_pad(_pad(x, 3, src, fill), 2, tgt) for x, fill in masks),
     )
 
 
