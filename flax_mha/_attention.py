@@ -6,7 +6,6 @@ of `_params`; the number of heads is one of their axes.
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from flax_mha._cache import KeyValueCache
 from flax_mha._call import Call
 from flax_mha._checks import arguments
 from flax_mha._dropout import Dropout
+from flax_mha._lowering import is_quantized
 from flax_mha._masks import TorchMasks
 from flax_mha._params import SEPARATE_WEIGHTS
 from flax_mha._typing import (
@@ -211,7 +211,7 @@ def _packed(
     x: Array, rows: slice, weight: Array, bias: Array | None, precision: Precision
 ) -> Array:
     """Returns (batch, length, rows, heads, head_dim)."""
-    if _is_quantized():
+    if is_quantized():
         return _linear(x, weight, bias, precision)[:, :, rows]
     bias = None if bias is None else bias[rows]
     return _linear(x, weight[rows], bias, precision)
@@ -221,15 +221,6 @@ def _cast(param: Any, dtype: DType) -> Any:
     # The same object where it can be: so tools know that it is a parameter.
     same = param.dtype == dtype and not isinstance(param, np.ndarray)
     return param if same else jnp.asarray(param, dtype)
-
-
-def _is_quantized() -> bool:
-    """Whether Qwix replaces the products here. It knows weights only as a whole."""
-    if "qwix" not in sys.modules:
-        return False
-    from qwix import pallas  # pyright: ignore[reportMissingImports]
-
-    return pallas.get_current_rule("dot_general") is not None
 
 
 def _linear(
@@ -250,7 +241,7 @@ def _linear(
         lax.dot_general, precision=precision, preferred_element_type=wide
     )
     tokens = x.shape[0] * x.shape[1]  # or symbolic, in an export
-    if isinstance(tokens, int) and tokens <= _FEW_TOKENS and not _is_quantized():
+    if isinstance(tokens, int) and tokens <= _FEW_TOKENS and not is_quantized():
         # XLA's CPU compiler transposes the second factor, of which there is less here.
         options = division.options(*features, *rows)
         out = product(weight, x, ((over[1], over[0]), ((), ())), **options)

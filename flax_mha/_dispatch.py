@@ -21,7 +21,12 @@ from flax_mha._checks import arguments
 from flax_mha._heads_first import HeadsFirst
 from flax_mha._kernels import KERNELS, blockwise, reference
 from flax_mha._layouts import Padded, Ragged
-from flax_mha._lowering import Target, at_lowering, linear_at_lowering
+from flax_mha._lowering import (
+    Target,
+    at_lowering,
+    is_quantized,
+    linear_at_lowering,
+)
 from flax_mha._mesh import varying, varying_axes
 from flax_mha._place import Place
 from flax_mha._plan import Options, Plan, is_whole
@@ -88,7 +93,9 @@ def _run(options: Options, layout: Any, call: Call) -> Any:
     # Inside `jax.shard_map`, the gradient of what all devices share is a sum over them,
     # which belongs to this cast.
     with jax.named_scope("dot_product_attention"):
-        return _attend_jit(plan, *varying(args, varying_axes(args)))
+        # What is quantized must not be kept for others.
+        attend = _attend if is_quantized() else _attend_jit
+        return attend(plan, *varying(args, varying_axes(args)))
 
 
 def _scaled(call: Call) -> Call:

@@ -7,6 +7,7 @@ divide it among devices: what one machine traces or exports, another may run.
 import contextlib
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,15 @@ from jax.interpreters import ad, batching, mlir
 from flax_mha._typing import Array
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def is_quantized() -> bool:
+    """Whether Qwix replaces the products that are traced here."""
+    if "qwix" not in sys.modules:
+        return False
+    from qwix import pallas  # pyright: ignore[reportMissingImports]
+
+    return pallas.get_current_rule("dot_general") is not None
 
 
 class Target(NamedTuple):

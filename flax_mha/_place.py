@@ -5,7 +5,6 @@ the gradient of what devices share becomes a sum over them.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from jax import lax
 from flax_mha import _mesh
 from flax_mha._call import Call
 from flax_mha._dropout import Part
+from flax_mha._lowering import is_quantized
 from flax_mha._typing import MeanWeights, OutHeads, Weights
 
 _Results = tuple[OutHeads, Weights | MeanWeights | None]
@@ -90,7 +90,9 @@ class Place(NamedTuple):
     ) -> _Results:
         """Returns `attend(options, layout, call)`, each device attending its part."""
         args = jax.tree.map(self._put, (layout, call), self._specs(layout, call))
-        return _attend_parts(self, attend, options, *args)
+        # What is quantized must not be kept for others.
+        run = _attend_parts if is_quantized() else _compiled_parts
+        return run(self, attend, options, *args)
 
     def part(self, call: Call) -> Part:
         """Returns what part of all the call this is, inside `jax.shard_map`."""
@@ -136,7 +138,6 @@ class Place(NamedTuple):
         return _mesh.resharded(x, axes, self.mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or eager calls compile anew
 def _attend_parts(place, attend, options, layout, call):
     def one_part(layout, call):
         dropout = call.dropout
@@ -159,6 +160,10 @@ def _attend_parts(place, attend, options, layout, call):
         # If empty, all but those that `jax.vmap` is over.
         axis_names=manual if place.left_to_xla else set(),
     )(layout, call)
+
+
+# Or eager calls would be compiled anew.
+_compiled_parts = jax.jit(_attend_parts, static_argnums=(0, 1, 2))
 
 
 def _indivisible(argument: str, spec: Any, names: Sequence[str | None]) -> str:

@@ -329,9 +329,9 @@ def test_eager_calls_are_compiled_once(kind):
     with jax.set_mesh(mesh), context:
         params, x, *_ = placed(mesh, "plain", step_of("plain")[1])
         out = layer(params, x)
-        count = _place._attend_parts._cache_size()
+        count = _place._compiled_parts._cache_size()
         layer(params, x)
-        assert _place._attend_parts._cache_size() == count
+        assert _place._compiled_parts._cache_size() == count
     assert_same(out, layer(*step_of("plain")[1][:2]))
 
 

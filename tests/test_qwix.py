@@ -1,5 +1,7 @@
 """Qwix, which finds weights by module and by product, finds all four projections."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -143,3 +145,18 @@ def test_nnx_adapters(arrays, which, kdim, weights):
     state = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
     assert paths(state) == {f"{w}_lora_{x}" for w in weights for x in "ab"}
     np.testing.assert_allclose(model(arrays), net(arrays), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_what_is_quantized_leaves_nothing_behind(arrays, on_mesh):
+    """Eager calls of one shape share a compiled program, but not that of Qwix."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
+        net = Nnx((0, 0, 0), None)
+        jax.clear_caches()
+        quantized = qwix.quantize_model(net, qwix.PtqProvider(RULES), arrays)
+        off = np.max(np.abs(quantized(arrays) - net(arrays)))
+        got = net(arrays)
+        jax.clear_caches()
+        np.testing.assert_array_equal(got, net(arrays))
+    assert off > 1e-4
