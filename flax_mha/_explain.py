@@ -1,6 +1,7 @@
 """Which kernel runs a call, and why not another."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ class Explanation:
             `jax.vmap`; of one device's, if `divided` and inside `jax.shard_map`. Of
             `RaggedArray`s, that with padding, of which "blockwise" visits less, where
             it is worth it.
+        flops: Of the forward pass's two products of matrices, two for each multiplication,
+            none of them skipped for a mask. A gradient takes 2.5 times as many more. XLA's
+            own `cost_analysis` counts what is in a loop once, and kernels not at all.
         weights: "mean" or "heads" if the call asks for attention weights, or None.
             Under `jit`, those that nobody uses are not computed.
         kernels: By platform: the kernel that runs, or None if the implementation that
@@ -39,6 +43,7 @@ class Explanation:
     """
 
     shape: tuple[int, int, int, int]
+    flops: int
     weights: str | None
     kernels: dict[str, str | None]
     reasons: dict[str, dict[str, str]]
@@ -128,6 +133,7 @@ def _explanation(plan: Plan) -> Explanation:
             reasons[platform][name] = why
     return Explanation(
         plan.logits,
+        2 * math.prod(plan.logits) * sum(plan.head_dims),
         plan.weights,
         kernels,
         reasons,
