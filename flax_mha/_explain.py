@@ -25,9 +25,9 @@ class Explanation:
             `jax.vmap`; of one device's, if `divided` and inside `jax.shard_map`. Of
             `RaggedArray`s, that with padding, of which "blockwise" visits less, where
             it is worth it.
-        flops: Of the forward pass's two products of matrices, two for each multiplication,
-            none of them skipped for a mask. A gradient takes 2.5 times as many more. XLA's
-            own `cost_analysis` counts what is in a loop once, and kernels not at all.
+        flops: Of the forward pass's two products of matrices, two for each
+            multiplication, none skipped for a mask. A gradient takes 2.5 times as many
+            more. XLA's own count takes what is in a loop once, and leaves out kernels.
         weights: "mean" or "heads" if the call asks for attention weights, or None.
             Under `jit`, those that nobody uses are not computed.
         kernels: By platform: the kernel that runs, or None if the implementation that
