@@ -18,13 +18,13 @@ from flax_mha._kernels._softmax import delta_of
 from flax_mha._masks import Mask
 from flax_mha._typing import Array, OutHeads, Precision
 
-_MOST_KEYS = 8192  # of a head, in the vector memory
+# Keys of a head in the vector memory: more take as long, and longer to compile.
+_MOST_KEYS = 4096
 _MOST_MIB = 36  # of the vector memory, beside what is computed
 _TILE = 512  # rows of a block, and columns of a chunk
-# Rows of a block in the forward pass that visits all keys, if these are few enough for
-# the compiler. Compiled for v5e and v6e, 512 takes up to an eighth more cycles.
+# Rows of a block in the forward pass that visits all keys. Compiled for v5e and v6e,
+# 512 takes up to an eighth more cycles.
 _TALL = 1024
-_FEW_KEYS = 4096
 
 DIFFERENTIATES_MASKS = False
 
@@ -46,11 +46,6 @@ def unsupported(call: Call) -> str | None:
         return f"it takes a head_dim up to 256, not {query.shape[3]}"
     if 0 in query.shape or 0 in call.key.shape or 0 in value.shape:
         return "it takes no empty arrays"
-    if call.logits[3] > _MOST_KEYS:
-        return f"it takes up to {_MOST_KEYS} keys, not {call.logits[3]}"
-    mib = _vector_memory(call) / 2**20
-    if mib > _MOST_MIB:
-        return f"keys, values and masks take {mib:.3g} MiB of a vector memory"
     if len(mask.attn_bias) > 1 and any(x.dtype.itemsize < 4 for x in mask.attn_bias):
         return "it does not round the sum of several float masks"
     return None
@@ -70,10 +65,10 @@ def forward(
     call: Call, *, precision: Precision = None, interpret: bool = False
 ) -> tuple[OutHeads, Array]:
     """As that of all kernels; see `_kernels`. `interpret` runs it on any platform."""
-    from flax_mha._kernels import _mosaic_calls
+    from flax_mha._kernels import _mosaic_spans
 
     setting, shared = _work(call, precision, interpret, is_forward=True)
-    out, maximum, total = _mosaic_calls.forward(setting, shared)
+    out, maximum, total = _mosaic_spans.forward(setting, shared)
     tgt_len = call.query.shape[1]
     is_dead = total == 0
     maximum = jnp.where(is_dead, jnp.inf, maximum)
@@ -93,14 +88,14 @@ def backward(
     interpret: bool = False,
 ) -> Gradients:
     """As that of all kernels; see `_kernels`. Float masks get none."""
-    from flax_mha._kernels import _mosaic_calls
+    from flax_mha._kernels import _mosaic_spans
 
     assert not (with_bias and call.mask.attn_bias)
     setting, shared = _work(call, precision, interpret, is_forward=False)
     query, key, value, _, scale, *_ = call
     tgt = shared.query.shape[3]
     delta = delta_of(out, d_out, jnp.float32)
-    d_query, d_key, d_value = _mosaic_calls.backward(
+    d_query, d_key, d_value = _mosaic_spans.backward(
         setting,
         shared,
         _rows_last(d_out.astype(query.dtype), tgt),
@@ -122,32 +117,33 @@ def _work(
     call: Call, precision: Precision, interpret: bool, *, is_forward: bool
 ) -> tuple[Any, Any]:
     """Returns the setting of the kernels, and what they read alike."""
-    from flax_mha._kernels._mosaic_calls import Setting, Shared
+    from flax_mha._kernels._mosaic_tile import Setting, Shared
 
     query, key, value, mask, scale, dropout, _ = call
     batch, _, tgt_len, src_len = call.logits
     tile = _tile(call)
     masks = _masks_of_rows(mask)
     columns = _part(src_len, tile)
-    src = _padded(columns, src_len)
+    all_chunks = -(-src_len // columns)
+    spans = -(-all_chunks // (_most_keys(call) // columns))
+    chunks = -(-all_chunks // spans)
+    src = spans * chunks * columns
     bias = _bias_of_keys(mask, src_len, src)
     skips = mask.is_causal or bias is not None
-    limit = tile
-    if masks and src_len > _FEW_KEYS:
-        limit = 256
-    elif is_forward and tile == _TILE and src_len <= _FEW_KEYS:
-        limit = tile if masks or skips else _TALL
-    rows = _part(tgt_len, limit)
+    is_tall = is_forward and tile == _TILE and not (masks or skips)
+    rows = _part(tgt_len, _TALL if is_tall else tile)
     tgt = _padded(rows, tgt_len)
-    visible = jnp.ones((batch, src // columns), jnp.int32)
+    visible = jnp.ones((batch, spans * chunks), jnp.int32)
     if bias is not None:
-        chunks = bias.reshape(len(bias), -1, src // columns, columns)
-        seen = jnp.max(chunks, axis=(1, 3)) > -jnp.inf
+        parts = bias.reshape(len(bias), -1, spans * chunks, columns)
+        seen = jnp.max(parts, axis=(1, 3)) > -jnp.inf
         visible = jnp.broadcast_to(seen, visible.shape).astype(jnp.int32)
     setting = Setting(
         call.logits,
         rows,
         columns,
+        chunks,
+        spans,
         covered=src_len - mask.open_columns if mask.is_causal else None,
         skips=skips,
         rate=None if dropout is None else dropout.rate,
@@ -156,7 +152,7 @@ def _work(
     )
     return setting, Shared(
         visible,
-        jnp.zeros(5, jnp.int32) if dropout is None else _numbers(dropout, call),
+        _numbers(dropout, call),
         _rows_last((query.astype(scale.dtype) * scale).astype(query.dtype), tgt),
         _pad(key.swapaxes(1, 2), 2, src),
         _rows_last(value, src) if is_forward else _pad(value.swapaxes(1, 2), 2, src),
@@ -194,18 +190,17 @@ def _tile(call: Call) -> int:
     return _TILE if is_small else 256
 
 
-def _vector_memory(call: Call) -> int:
-    """Returns the bytes that the backward pass holds of all keys of a head."""
+def _most_keys(call: Call) -> int:
+    """Returns how many keys of a head the vector memory holds in the backward pass."""
     dims = call.query.shape[3], call.value.shape[3]
     # Everything is there twice: the next step's is fetched meanwhile.
     size = 2 * call.query.dtype.itemsize * sum(_padded(128, dim) for dim in dims)
     size += 2 * 4 * sum(dims)  # gradients
-    mask, src_len = call.mask, call.logits[3]
-    rows = 256 if src_len > _FEW_KEYS else _tile(call)
+    mask = call.mask
     masks = (*mask.allowed, *mask.blocked, *mask.attn_bias)
-    size += 2 * rows * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
+    size += 2 * _tile(call) * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
     size += 2 * 4 * 128 * any(x.shape[2] == 1 for x in masks)
-    return size * src_len
+    return min(_MOST_KEYS, _MOST_MIB * 2**20 // size)
 
 
 def _copied(call: Call) -> int:
@@ -219,10 +214,12 @@ def _copied(call: Call) -> int:
     return sum(sizes)
 
 
-def _numbers(dropout: Dropout, call: Call) -> Array:
-    """Returns what `Dropout` holds, as integers."""
+def _numbers(dropout: Dropout | None, call: Call) -> Array:
+    """Returns what `Dropout` holds, as integers, and the first span's number."""
+    if dropout is None:
+        return jnp.zeros(6, jnp.int32)
     seeds = lax.bitcast_convert_type(dropout.seed, jnp.int32)
-    part: Any = dropout.part or (0, 0, call.logits[1])
+    part: Any = *(dropout.part or (0, 0, call.logits[1])), 0
     return jnp.concatenate(
         [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in part])]
     )
