@@ -33,12 +33,11 @@ To add a kernel: write its module, add it here and in the table of `_plan`.
 from collections.abc import Mapping
 from types import ModuleType
 
-from flax_mha._kernels import blockwise, cudnn, mosaic, reference, splash
+from flax_mha._kernels import blockwise, cudnn, mosaic, reference
 
 KERNELS: Mapping[str, ModuleType] = {
     "blockwise": blockwise,
     "cudnn": cudnn,
     "mosaic": mosaic,
     "reference": reference,
-    "splash": splash,
 }
