@@ -1,4 +1,4 @@
-"""The Pallas kernels of `mosaic`; a step of them is a `Tile`."""
+"""The Pallas kernels of `mosaic` for arrays of heads; a step of them is a `Tile`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flax_mha._kernels._mosaic_tile import NN, NT, Setting, Shared, tile_of
+from flax_mha._kernels._mosaic_steps import attend, pull_back
+from flax_mha._kernels._mosaic_tile import Setting, Shared, tile_of
 from flax_mha._typing import Array
 
-_VMEM = 48 * 2**20  # bytes; all generations from v5e on have them
+VMEM = 48 * 2**20  # bytes; all generations from v5e on have them
 
 
 def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
@@ -24,31 +25,12 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
 
     def kernel(*refs):
         tile, (out_ref, maximum_ref, total_ref) = tile_of(setting, shared, refs)
-        f32 = jnp.float32
-        carry = (
-            jnp.full((1, setting.rows), -jnp.inf, f32),
-            jnp.zeros((1, setting.rows), f32),
-            jnp.zeros((value_dim, setting.rows), f32),
-        )
-
-        def absorb(n, logits, carry):
-            maximum, total, out = carry
-            new = jnp.maximum(maximum, jnp.max(logits, 0, keepdims=True))
-            # As long as a query is allowed nothing, subtract 0: -inf - (-inf) is NaN.
-            shift = jnp.where(new == -jnp.inf, 0.0, new)
-            exps, decay = jnp.exp(logits - shift), jnp.exp(maximum - shift)
-            total = total * decay + jnp.sum(exps, 0, keepdims=True)
-            exps = tile.dropped(n, exps)
-            value = tile.value[0, 0, :, tile.at(n)]
-            out = out * decay + tile.dot(value, exps.astype(value.dtype), NN)
-            return new, total, out
-
-        maximum, total, out = tile.over_chunks(absorb, carry)
-        out_ref[0, 0] = (out / jnp.where(total == 0, 1, total)).astype(out_ref.dtype)
+        out, maximum, total = attend(tile, value_dim)
+        out_ref[0, 0] = out.astype(out_ref.dtype)
         maximum_ref[0, 0], total_ref[0, 0] = maximum, total
 
     row = jax.ShapeDtypeStruct((batch, heads, 1, tgt), jnp.float32)
-    dtype = shared.query.dtype if setting.spans == 1 else jnp.float32
+    dtype = shared.query.dtype if setting.sizes.spans == 1 else jnp.float32
     out = jax.ShapeDtypeStruct((batch, heads, value_dim, tgt), dtype)
     return _call(setting, kernel, shared, (), (out, row, row), "fwd")
 
@@ -66,33 +48,21 @@ def backward(
         delta: (batch, heads, 1, tgt): probabilities times their gradients, summed.
     """
     batch, heads, _, _ = setting.logits
-    head_dim, src = shared.query.shape[2], setting.span
+    head_dim, src = shared.query.shape[2], setting.sizes.span
     value_dim = d_out.shape[2]
 
     def kernel(*refs):
         tile, (d_out_ref, lse_ref, delta_ref, *outs) = tile_of(setting, shared, refs)
         d_query_ref, d_key_ref, d_value_ref = outs
-        query, d_out, dtype = tile.query[0, 0], d_out_ref[0, 0], tile.query.dtype
 
         @pl.when(pl.program_id(2) == 0)
         def _():
             d_key_ref[...] = jnp.zeros_like(d_key_ref)
             d_value_ref[...] = jnp.zeros_like(d_value_ref)
 
-        def pull_back(n, logits, d_query):
-            at = tile.at(n)
-            probs = jnp.exp(logits - lse_ref[0, 0, 0:1] - lse_ref[0, 0, 1:2])
-            d_probs = tile.dot(tile.value[0, 0, at], d_out, NN)
-            dropped, d_probs = tile.dropped(n, probs, d_probs)
-            d_logits = (probs * (d_probs - delta_ref[0, 0])).astype(dtype)
-            d_value_ref[0, 0, :, at] += tile.dot(d_out, dropped.astype(dtype), NT)
-            d_key_ref[0, 0, :, at] += tile.dot(query, d_logits, NT)
-            key = tile.key[0, 0, at]
-            return d_query + tile.dot(key.T, d_logits, NN)
-
-        zeros = jnp.zeros((head_dim, setting.rows), jnp.float32)
-        d_query = tile.over_chunks(pull_back, zeros)
-        d_query_ref[0, 0] = d_query.astype(d_query_ref.dtype)
+        d_query_ref[0, 0] = pull_back(
+            tile, d_out_ref[0, 0], lse_ref, delta_ref, d_key_ref, d_value_ref
+        )
 
     outs = tuple(
         jax.ShapeDtypeStruct((batch, heads, *shape), jnp.float32)
@@ -119,12 +89,12 @@ def _call(
             rows, keys: Which axes these are.
         """
         block = [1, 1, *shape[2:]]
-        for axis, size in ((rows, setting.rows), (keys, setting.span)):
+        for axis, size in ((rows, setting.sizes.rows), (keys, setting.sizes.span)):
             if axis is not None:
                 block[axis] = size
 
         def where(b, h, i, _, numbers):
-            at = {rows: i, keys: 0 if setting.spans == 1 else numbers[5]}
+            at = {rows: i, keys: 0 if setting.sizes.spans == 1 else numbers[5]}
             lead = b if shape[0] > 1 else 0, h if shape[1] > 1 else 0
             return (*lead, *(at.get(axis, 0) for axis in (2, 3)))
 
@@ -148,7 +118,7 @@ def _call(
     last = "arbitrary" if is_backward else "parallel"
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(batch, heads, setting.blocks),
+        grid=(batch, heads, setting.sizes.blocks),
         in_specs=in_specs,
         out_specs=out_specs,
     )
@@ -160,7 +130,7 @@ def _call(
         interpret=setting.interpret,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", last),
-            vmem_limit_bytes=_VMEM,
+            vmem_limit_bytes=VMEM,
         ),
     )
     arrays = *shared[:5], *shared.bias, *shared.masks, *more

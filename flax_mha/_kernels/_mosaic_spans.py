@@ -17,7 +17,7 @@ from flax_mha._typing import Array
 
 def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
     """Returns out, (batch, heads, value_dim, tgt), and each row's maximum and sum."""
-    if setting.spans == 1:
+    if setting.sizes.spans == 1:
         return _mosaic_calls.forward(setting, shared)
     batch, heads, _, tgt = shared.query.shape
     rows = jnp.zeros((batch, heads, 1, tgt), jnp.float32)
@@ -27,7 +27,7 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
         return _merge(merged, _mosaic_calls.forward(setting, _at(shared, n)))
 
     start = varying((out, rows - jnp.inf, rows), varying_axes(shared))
-    out, maximum, total = lax.fori_loop(0, setting.spans, absorb, start)
+    out, maximum, total = lax.fori_loop(0, setting.sizes.spans, absorb, start)
     return out.astype(shared.query.dtype), maximum, total
 
 
@@ -35,7 +35,7 @@ def backward(
     setting: Setting, shared: Shared, *rows: Array
 ) -> tuple[Array, Array, Array]:
     """As that of `_mosaic_calls`, of all keys."""
-    if setting.spans == 1:
+    if setting.sizes.spans == 1:
         return _mosaic_calls.backward(setting, shared, *rows)
 
     def pull_back(d_query, n):
@@ -44,7 +44,7 @@ def backward(
 
     start = jnp.zeros(shared.query.shape, jnp.float32)
     start = varying(start, varying_axes(shared, rows))
-    d_query, others = lax.scan(pull_back, start, jnp.arange(setting.spans))
+    d_query, others = lax.scan(pull_back, start, jnp.arange(setting.sizes.spans))
     d_key, d_value = map(_joined, others)
     return d_query, d_key, d_value
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_mha._dropout import Dropout, Part
+from flax_mha._kernels._mosaic_sizes import Sizes
 from flax_mha._typing import Array
 
 NN = (((1,), (0,)), ((), ()))  # (m, k) by (k, n)
@@ -31,24 +32,11 @@ class Setting:
     """What is known when the kernels are traced."""
 
     logits: tuple[int, int, int, int]  # batch, heads, tgt, src, without padding
-    rows: int  # of a block, a multiple of 128
-    columns: int  # of a chunk, a multiple of 128
-    chunks: int  # of a span
-    spans: int
+    sizes: Sizes
     covered: int | None  # a causal mask's columns; None: not causal
-    skips: bool  # some chunk may be hidden from a whole block
     rate: float | None  # of dropout
     precision: Any
     interpret: bool
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.logits[2] // self.rows)
-
-    @property
-    def span(self) -> int:
-        """How many keys the vector memory holds at a time."""
-        return self.chunks * self.columns
 
 
 class Shared(NamedTuple):
@@ -79,7 +67,7 @@ class Tile:
     masks: list[Any]
 
     def at(self, n: int) -> Any:
-        return pl.ds(n * self.setting.columns, self.setting.columns)
+        return pl.ds(n * self.setting.sizes.columns, self.setting.sizes.columns)
 
     def dot(self, a: Array, b: Array, dimensions: Any) -> Array:
         return lax.dot_general(
@@ -92,10 +80,10 @@ class Tile:
 
     def over_chunks(self, step: Callable, carry: Any) -> Any:
         """Returns `carry` after `step(n, logits, carry)` for each chunk of keys."""
-        chunks = self.setting.chunks
-        if not self.setting.skips:
+        chunks = self.setting.sizes.chunks
+        if not self.setting.sizes.skips:
             return self._over(range(chunks), step, carry)
-        size = max(1, _GROUP // self.setting.columns)
+        size = max(1, _GROUP // self.setting.sizes.columns)
         for n in range(0, chunks, size):
             group = range(n, min(n + size, chunks))
             carry = lax.cond(
@@ -129,29 +117,31 @@ class Tile:
         return dropped[0] if len(dropped) == 1 else dropped
 
     def _row(self, i: Any) -> Array:
-        shape = 1, self.setting.rows
-        return lax.broadcasted_iota(jnp.int32, shape, 1) + i * self.setting.rows
+        shape = 1, self.setting.sizes.rows
+        return lax.broadcasted_iota(jnp.int32, shape, 1) + i * self.setting.sizes.rows
 
     def _column(self, n: int) -> Array:
-        shape = self.setting.columns, self.setting.rows
+        shape = self.setting.sizes.columns, self.setting.sizes.rows
         return lax.broadcasted_iota(jnp.int32, shape, 0) + self._first_column(n)
 
     def _first_column(self, n: int) -> Any:
         """Returns the number of a chunk's first column among all keys."""
-        first = n * self.setting.columns
-        if self.setting.spans == 1:
+        first = n * self.setting.sizes.columns
+        if self.setting.sizes.spans == 1:
             return first
-        return first + self.seeds[5] * self.setting.span
+        return first + self.seeds[5] * self.setting.sizes.span
 
     def _is_seen(self, n: int) -> Any:
         """Whether any query of this block may attend to a key of the chunk."""
         setting, first = self.setting, self._first_column(n)
         b, _, i = self.place
-        chunk = n if setting.spans == 1 else n + self.seeds[5] * setting.chunks
+        chunk = (
+            n if setting.sizes.spans == 1 else n + self.seeds[5] * setting.sizes.chunks
+        )
         seen = self.visible[b, chunk] > 0
         if setting.covered is not None:
-            is_open = first + setting.columns > setting.covered
-            seen &= is_open | (first <= i * setting.rows + setting.rows - 1)
+            is_open = first + setting.sizes.columns > setting.covered
+            seen &= is_open | (first <= i * setting.sizes.rows + setting.sizes.rows - 1)
         return seen
 
     def _logits(self, n: int) -> Array:
@@ -172,7 +162,9 @@ class Tile:
             if setting.covered < setting.logits[3]:
                 allowed |= column >= setting.covered
             logits = jnp.where(allowed, logits, -jnp.inf)
-        last = (setting.spans - 1) * setting.span + (n + 1) * setting.columns
+        last = (setting.sizes.spans - 1) * setting.sizes.span + (
+            n + 1
+        ) * setting.sizes.columns
         if last > setting.logits[3]:  # in the last span
             exists = self._column(n) < setting.logits[3]
             logits = jnp.where(exists, logits, -jnp.inf)

@@ -1,30 +1,17 @@
 """A Pallas kernel of our own, for TPUs: with dropout, and masks of every kind.
 
-It lays arrays as its kernels want them, which are in `_mosaic_calls`.
+How arrays are laid for it is in `_mosaic_work`.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from flax_mha._call import Call, Gradients
-from flax_mha._dropout import Dropout
 from flax_mha._kernels._blocks import few_logits
 from flax_mha._kernels._softmax import delta_of
-from flax_mha._masks import Mask
 from flax_mha._typing import Array, OutHeads, Precision
-
-# Keys of a head in the vector memory: more take as long, and longer to compile.
-_MOST_KEYS = 4096
-_MOST_MIB = 36  # of the vector memory, beside what is computed
-_TILE = 512  # rows of a block, and columns of a chunk
-# Rows of a block in the forward pass that visits all keys. Compiled for v5e and v6e,
-# 512 takes up to an eighth more cycles.
-_TALL = 1024
 
 DIFFERENTIATES_MASKS = False
 
@@ -65,16 +52,16 @@ def forward(
     call: Call, *, precision: Precision = None, interpret: bool = False
 ) -> tuple[OutHeads, Array]:
     """As that of all kernels; see `_kernels`. `interpret` runs it on any platform."""
-    from flax_mha._kernels import _mosaic_spans
+    from flax_mha._kernels._mosaic_work import Work
 
-    setting, shared = _work(call, precision, interpret, is_forward=True)
-    out, maximum, total = _mosaic_spans.forward(setting, shared)
-    tgt_len = call.query.shape[1]
+    work = Work.of(call, precision, interpret, is_forward=True)
+    out, maximum, total = work.kernels.forward(work.setting, work.shared)
     is_dead = total == 0
     maximum = jnp.where(is_dead, jnp.inf, maximum)
     log_total = jnp.log(jnp.where(is_dead, 1, total))
     lse = jnp.concatenate([maximum, log_total], axis=2)
-    return _rows_first(out, tgt_len), lse[..., :tgt_len].swapaxes(2, 3)
+    tgt_len = call.query.shape[1]
+    return work.heads_of(out, tgt_len), lse[..., :tgt_len].swapaxes(2, 3)
 
 
 def backward(
@@ -88,119 +75,27 @@ def backward(
     interpret: bool = False,
 ) -> Gradients:
     """As that of all kernels; see `_kernels`. Float masks get none."""
-    from flax_mha._kernels import _mosaic_spans
+    from flax_mha._kernels._mosaic_work import Work
 
     assert not (with_bias and call.mask.attn_bias)
-    setting, shared = _work(call, precision, interpret, is_forward=False)
+    work = Work.of(call, precision, interpret, is_forward=False)
     query, key, value, _, scale, *_ = call
-    tgt = shared.query.shape[3]
-    delta = delta_of(out, d_out, jnp.float32)
-    d_query, d_key, d_value = _mosaic_spans.backward(
-        setting,
-        shared,
-        _rows_last(d_out.astype(query.dtype), tgt),
-        _pad(lse.swapaxes(2, 3), 3, tgt),
-        _rows_last(delta, tgt),
+    d_query, d_key, d_value = work.kernels.backward(
+        work.setting,
+        work.shared,
+        work.rows_of(d_out.astype(query.dtype)),
+        work.terms_of(lse),
+        work.terms_of(delta_of(out, d_out, jnp.float32).swapaxes(1, 2)),
     )
-    d_scaled = _rows_first(d_query, query.shape[1])
+    d_scaled = work.heads_of(d_query, query.shape[1])
     d_scale = jnp.sum(d_scaled * query.astype(jnp.float32)).astype(scale.dtype)
     return Gradients(
         (d_scaled * scale).astype(query.dtype),
-        _rows_first(d_key, key.shape[1]).astype(key.dtype),
-        _rows_first(d_value, key.shape[1]).astype(value.dtype),
+        work.heads_of(d_key, key.shape[1]).astype(key.dtype),
+        work.heads_of(d_value, key.shape[1]).astype(value.dtype),
         (),
         d_scale,
     )
-
-
-def _work(
-    call: Call, precision: Precision, interpret: bool, *, is_forward: bool
-) -> tuple[Any, Any]:
-    """Returns the setting of the kernels, and what they read alike."""
-    from flax_mha._kernels._mosaic_tile import Setting, Shared
-
-    query, key, value, mask, scale, dropout, _ = call
-    batch, _, tgt_len, src_len = call.logits
-    tile = _tile(call)
-    masks = _masks_of_rows(mask)
-    columns = _part(src_len, tile)
-    all_chunks = -(-src_len // columns)
-    spans = -(-all_chunks // (_most_keys(call) // columns))
-    chunks = -(-all_chunks // spans)
-    src = spans * chunks * columns
-    bias = _bias_of_keys(mask, src_len, src)
-    skips = mask.is_causal or bias is not None
-    is_tall = is_forward and tile == _TILE and not (masks or skips)
-    rows = _part(tgt_len, _TALL if is_tall else tile)
-    tgt = _padded(rows, tgt_len)
-    visible = jnp.ones((batch, spans * chunks), jnp.int32)
-    if bias is not None:
-        parts = bias.reshape(len(bias), -1, spans * chunks, columns)
-        seen = jnp.max(parts, axis=(1, 3)) > -jnp.inf
-        visible = jnp.broadcast_to(seen, visible.shape).astype(jnp.int32)
-    setting = Setting(
-        call.logits,
-        rows,
-        columns,
-        chunks,
-        spans,
-        covered=src_len - mask.open_columns if mask.is_causal else None,
-        skips=skips,
-        rate=None if dropout is None else dropout.rate,
-        precision=_precision(precision),
-        interpret=interpret,
-    )
-    return setting, Shared(
-        visible,
-        _numbers(dropout, call),
-        _rows_last((query.astype(scale.dtype) * scale).astype(query.dtype), tgt),
-        _pad(key.swapaxes(1, 2), 2, src),
-        _rows_last(value, src) if is_forward else _pad(value.swapaxes(1, 2), 2, src),
-        () if bias is None else (bias[..., None],),
-        tuple(_pad(_pad(x, 3, src, fill), 2, tgt) for x, fill in masks),
-    )
-
-
-def _bias_of_keys(mask: Mask, src_len: int, src: int) -> Array | None:
-    """Returns what masks of keys alone add, (#batch, #heads, src)."""
-    parts = dataclasses.replace(
-        mask,
-        is_causal=False,
-        allowed=tuple(x for x in mask.allowed if x.shape[2] == 1),
-        blocked=tuple(x for x in mask.blocked if x.shape[2] == 1),
-        attn_bias=tuple(x for x in mask.attn_bias if x.shape[2] == 1),
-    )
-    bias = parts.additive(1, src_len, jnp.float32)
-    return None if bias is None else _pad(bias[:, :, 0], 2, src)
-
-
-def _masks_of_rows(mask: Mask) -> list[tuple[Array, int]]:
-    """Returns the other masks as kernels read them, and what they say of open keys."""
-    allowed = [*mask.allowed, *(~x for x in mask.blocked)]
-    masks = [(x.astype(jnp.int8), 1) for x in allowed if x.shape[2] > 1]
-    for x in mask.attn_bias:
-        if x.shape[2] > 1:
-            is_read = x.dtype in (jnp.float32, jnp.bfloat16)
-            masks.append((x if is_read else x.astype(jnp.float32), 0))
-    return masks
-
-
-def _tile(call: Call) -> int:
-    is_small = call.query.dtype == jnp.bfloat16 and call.query.shape[3] <= 128
-    return _TILE if is_small else 256
-
-
-def _most_keys(call: Call) -> int:
-    """Returns how many keys of a head the vector memory holds in the backward pass."""
-    dims = call.query.shape[3], call.value.shape[3]
-    # Everything is there twice: the next step's is fetched meanwhile.
-    size = 2 * call.query.dtype.itemsize * sum(_padded(128, dim) for dim in dims)
-    size += 2 * 4 * sum(dims)  # gradients
-    mask = call.mask
-    masks = (*mask.allowed, *mask.blocked, *mask.attn_bias)
-    size += 2 * _tile(call) * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
-    size += 2 * 4 * 128 * any(x.shape[2] == 1 for x in masks)
-    return min(_MOST_KEYS, _MOST_MIB * 2**20 // size)
 
 
 def _copied(call: Call) -> int:
@@ -212,48 +107,3 @@ def _copied(call: Call) -> int:
         if not is_whole or x.dtype not in (jnp.float32, jnp.bfloat16):
             sizes.append(math.prod(x.shape) * max(x.dtype.itemsize, 2))
     return sum(sizes)
-
-
-def _numbers(dropout: Dropout | None, call: Call) -> Array:
-    """Returns what `Dropout` holds, as integers, and the first span's number."""
-    if dropout is None:
-        return jnp.zeros(6, jnp.int32)
-    seeds = lax.bitcast_convert_type(dropout.seed, jnp.int32)
-    part: Any = *(dropout.part or (0, 0, call.logits[1])), 0
-    return jnp.concatenate(
-        [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in part])]
-    )
-
-
-def _rows_last(x: Array, length: int) -> Array:
-    """Returns (batch, heads, dim, length) of (batch, rows, heads, dim)."""
-    return _pad(x.transpose(0, 2, 3, 1), 3, length)
-
-
-def _rows_first(x: Array, length: int) -> Array:
-    """Undoes `_rows_last`."""
-    return x[..., :length].transpose(0, 3, 1, 2)
-
-
-def _part(length: int, most: int) -> int:
-    """Returns the size of as few parts as `most` allows, all but equal."""
-    parts = -(-length // most)
-    return _padded(128, -(-length // parts))
-
-
-def _padded(multiple: int, length: int) -> int:
-    return -(-length // multiple) * multiple
-
-
-def _pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def _precision(precision: Precision) -> Any:
-    """Returns what Mosaic can do: all or nothing."""
-    if precision is None or precision in (lax.Precision.DEFAULT, "default", "fastest"):
-        return lax.Precision.DEFAULT
-    is_low = precision == "bfloat16"
-    return lax.Precision.DEFAULT if is_low else lax.Precision.HIGHEST

@@ -7,7 +7,7 @@ import pytest
 
 from flax_mha._call import Call
 from flax_mha._dropout import Dropout, Part
-from flax_mha._kernels import mosaic, reference
+from flax_mha._kernels import _mosaic_sizes, mosaic, reference
 from flax_mha._masks import Mask
 
 BATCH, HEADS = 2, 2
@@ -74,7 +74,9 @@ def test_output_and_gradients(name):
     "name", ["causal-open", "padding", "dead-rows", "masks-of-each-head", "tall-blocks"]
 )
 def test_keys_that_do_not_fit_are_taken_in_spans(monkeypatch, name):
-    monkeypatch.setattr(mosaic, "_MOST_KEYS", 512 if name == "tall-blocks" else 256)
+    monkeypatch.setattr(
+        _mosaic_sizes, "_MOST_KEYS", 512 if name == "tall-blocks" else 256
+    )
     assert_as_defined(*CASES[name])
 
 
@@ -122,7 +124,7 @@ def assert_as_defined(mask, tgt, src, head_dim, dtype, rate):
     [(1, 512, 128), (577, 1024, 640), (577, 512, 384), (1100, 1024, 640)],
 )
 def test_lengths_are_rounded_to_the_register_and_not_to_the_block(length, most, size):
-    assert mosaic._part(length, most) == size
+    assert _mosaic_sizes.part(length, most) == size
 
 
 def test_a_part_drops_what_the_whole_does():
