@@ -4,7 +4,7 @@ They read and write arrays as projections do, (batch, length, heads * dim): all 
 a sequence at once, which they lay as `Tile` has them in the vector memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,9 +34,8 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
         _lay_columns(query, step.query)
         _lay_rows(key, step.key)
         _lay_columns(value, step.value)
-        for h in range(setting.sizes.heads):
-            tile = _head(step, h, query, key, value)
-            out, maximum, total = attend(tile, value_dim)
+        for h, tile, logits in _heads(step, query, key, value):
+            out, maximum, total = attend(tile, value_dim, logits)
             outs[h] = out.astype(dtype)
             maximum_ref[0, h], total_ref[0, h] = maximum, total
         out_ref[0] = _as_rows(outs, tgt_len, dtype)
@@ -72,10 +71,9 @@ def backward(
         _lay_rows(value, step.value)
         _lay_columns(d_out, d_out_ref)
         d_key[...], d_value[...] = jnp.zeros_like(d_key), jnp.zeros_like(d_value)
-        for h in range(setting.sizes.heads):
-            tile = _head(step, h, query, key, value)
+        for h, tile, logits in _heads(step, query, key, value):
             of_head = (_of(h, x) for x in (lse_ref, delta_ref, d_key, d_value))
-            d_query[h] = pull_back(tile, d_out[0, h], *of_head)
+            d_query[h] = pull_back(tile, d_out[0, h], *of_head, logits)
         lengths = tgt_len, src_len, src_len
         summed = d_query, d_key.at[0], d_value.at[0]
         for result, x, length in zip(results, summed, lengths, strict=True):
@@ -111,6 +109,20 @@ def _laid(
     )
     shapes = (head_dim, setting.sizes.rows), (setting.sizes.span, head_dim), value
     return [pltpu.VMEM((1, group, *shape), dtype) for shape in shapes]
+
+
+def _heads(
+    step: Tile, query: Any, key: Any, value: Any
+) -> Iterator[tuple[int, Tile, Array]]:
+    """Yields a step's heads, their tiles, and their logits, begun one head ahead."""
+    group = range(step.setting.sizes.heads)
+    tiles = [_head(step, h, query, key, value) for h in group]
+    following = tiles[0].logits(0)
+    for h in group:
+        logits = following
+        if h + 1 in group:
+            following = tiles[h + 1].logits(0)
+        yield h, tiles[h], logits
 
 
 def _head(step: Tile, h: int, query: Any, key: Any, value: Any) -> Tile:

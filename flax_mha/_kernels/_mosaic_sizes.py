@@ -1,4 +1,4 @@
-"""Sizes of the blocks of `mosaic`, by what the compiler's schedules say of v5e and v6e."""
+"""Sizes of the blocks of `mosaic`, by the schedules of the compiler for v5e and v6e."""
 
 import dataclasses
 

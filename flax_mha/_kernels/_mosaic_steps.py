@@ -8,8 +8,14 @@ from flax_mha._kernels._mosaic_tile import NN, NT, Tile
 from flax_mha._typing import Array
 
 
-def attend(tile: Tile, value_dim: int) -> tuple[Array, Array, Array]:
-    """Returns out, (value_dim, rows), and each row's maximum and sum, (1, rows)."""
+def attend(
+    tile: Tile, value_dim: int, logits: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Returns out, (value_dim, rows), and each row's maximum and sum, (1, rows).
+
+    Args:
+        logits: Of the first chunk, if they were begun before.
+    """
     rows = tile.setting.sizes.rows
     carry = (
         jnp.full((1, rows), -jnp.inf, jnp.float32),
@@ -29,12 +35,18 @@ def attend(tile: Tile, value_dim: int) -> tuple[Array, Array, Array]:
         out = out * decay + tile.dot(value, exps.astype(value.dtype), NN)
         return new, total, out
 
-    maximum, total, out = tile.over_chunks(absorb, carry)
-    return out / jnp.where(total == 0, 1, total), maximum, total
+    maximum, total, out = tile.over_chunks(absorb, carry, logits)
+    return out * (1 / jnp.where(total == 0, 1, total)), maximum, total
 
 
 def pull_back(
-    tile: Tile, d_out: Array, lse: Any, delta: Any, d_key: Any, d_value: Any
+    tile: Tile,
+    d_out: Array,
+    lse: Any,
+    delta: Any,
+    d_key: Any,
+    d_value: Any,
+    logits: Array | None = None,
 ) -> Array:
     """Returns the gradient of the queries, (head_dim, rows).
 
@@ -43,6 +55,7 @@ def pull_back(
         lse: Reference to the two terms, (1, 1, 2, rows).
         delta: Reference to (1, 1, 1, rows).
         d_key, d_value: References, (1, 1, dim, keys), to which theirs are added.
+        logits: Of the first chunk, if they were begun before.
     """
     query = tile.query[0, 0]
     dtype = query.dtype
@@ -58,4 +71,4 @@ def pull_back(
         key = tile.key[0, 0, at]
         return d_query + tile.dot(key.T, d_logits, NN)
 
-    return tile.over_chunks(through, jnp.zeros(query.shape, jnp.float32))
+    return tile.over_chunks(through, jnp.zeros(query.shape, jnp.float32), logits)

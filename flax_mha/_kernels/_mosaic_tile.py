@@ -78,11 +78,13 @@ class Tile:
             preferred_element_type=jnp.float32,
         )
 
-    def over_chunks(self, step: Callable, carry: Any) -> Any:
+    def over_chunks(
+        self, step: Callable, carry: Any, logits: Array | None = None
+    ) -> Any:
         """Returns `carry` after `step(n, logits, carry)` for each chunk of keys."""
         chunks = self.setting.sizes.chunks
         if not self.setting.sizes.skips:
-            return self._over(range(chunks), step, carry)
+            return self._over(range(chunks), step, carry, logits)
         size = max(1, _GROUP // self.setting.sizes.columns)
         for n in range(0, chunks, size):
             group = range(n, min(n + size, chunks))
@@ -94,10 +96,12 @@ class Tile:
             )
         return carry
 
-    def _over(self, chunks: range, step: Callable, carry: Any) -> Any:
-        logits = self._logits(chunks[0])
+    def _over(
+        self, chunks: range, step: Callable, carry: Any, logits: Array | None = None
+    ) -> Any:
+        logits = self.logits(chunks[0]) if logits is None else logits
         for n in chunks:
-            following = self._logits(n + 1) if n + 1 in chunks else None
+            following = self.logits(n + 1) if n + 1 in chunks else None
             carry, logits = step(n, logits, carry), following
         return carry
 
@@ -144,7 +148,7 @@ class Tile:
             seen &= is_open | (first <= i * setting.sizes.rows + setting.sizes.rows - 1)
         return seen
 
-    def _logits(self, n: int) -> Array:
+    def logits(self, n: int) -> Array:
         setting, at = self.setting, self.at(n)
         logits = self.dot(self.key[0, 0, at], self.query[0, 0], NN)
         for bias in self.bias:

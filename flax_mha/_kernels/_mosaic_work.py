@@ -42,14 +42,16 @@ class Work(NamedTuple):
             precision=_precision(precision),
             interpret=interpret,
         )
-        scaled = (query.astype(scale.dtype) * scale).astype(query.dtype)
-        arrays = scaled, key, value
+
+        def scaled(query):
+            return (query.astype(scale.dtype) * scale).astype(query.dtype)
+
         if sizes.heads:
-            laid = map(_flat, arrays)
+            laid = scaled(_flat(query)), _flat(key), _flat(value)
         else:
             value = _rows_last(value) if is_forward else value.swapaxes(1, 2)
             laid = (
-                _pad(_rows_last(scaled), 3, sizes.tgt),
+                _pad(_rows_last(scaled(query)), 3, sizes.tgt),
                 _pad(key.swapaxes(1, 2), 2, sizes.src),
                 _pad(value, 3 if is_forward else 2, sizes.src),
             )

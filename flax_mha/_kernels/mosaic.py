@@ -87,14 +87,13 @@ def backward(
         work.terms_of(lse),
         work.terms_of(delta_of(out, d_out, jnp.float32).swapaxes(1, 2)),
     )
-    d_scaled = work.heads_of(d_query, query.shape[1])
-    d_scale = jnp.sum(d_scaled * query.astype(jnp.float32)).astype(scale.dtype)
+    d_scale = jnp.sum(d_query * work.rows_of(query).astype(jnp.float32))
     return Gradients(
-        (d_scaled * scale).astype(query.dtype),
-        work.heads_of(d_key, key.shape[1]).astype(key.dtype),
-        work.heads_of(d_value, key.shape[1]).astype(value.dtype),
+        work.heads_of((d_query * scale).astype(query.dtype), query.shape[1]),
+        work.heads_of(d_key.astype(key.dtype), key.shape[1]),
+        work.heads_of(d_value.astype(value.dtype), key.shape[1]),
         (),
-        d_scale,
+        d_scale.astype(scale.dtype),
     )
 
 
