@@ -70,14 +70,34 @@ def test_output_and_gradients(name):
     assert_as_defined(*CASES[name])
 
 
-@pytest.mark.parametrize(
-    "name", ["causal-open", "padding", "dead-rows", "masks-of-each-head", "tall-blocks"]
-)
-def test_keys_that_do_not_fit_are_taken_in_spans(monkeypatch, name):
-    monkeypatch.setattr(
-        _mosaic_sizes, "_MOST_KEYS", 512 if name == "tall-blocks" else 256
-    )
+AS_LONG = ["several-blocks", "causal-open", "open", "float-mask", "masks-of-each-head"]
+
+
+@pytest.mark.parametrize("name", AS_LONG)
+def test_sequences_that_are_not_short_are_laid_head_by_head(monkeypatch, name):
+    monkeypatch.setattr(_mosaic_sizes, "_SHORT", 0)
     assert_as_defined(*CASES[name])
+
+
+@pytest.mark.parametrize("name", [*AS_LONG[1:], "padding", "dead-rows"])
+def test_keys_that_do_not_fit_are_taken_in_spans(monkeypatch, name):
+    monkeypatch.setattr(_mosaic_sizes, "_SHORT", 0)
+    monkeypatch.setattr(_mosaic_sizes, "_MOST_KEYS", 256)
+    assert_as_defined(*CASES[name])
+
+
+def test_heads_of_a_step_fill_registers_and_fit_the_vector_memory():
+    def heads(length, heads, head_dim, dtype="bfloat16"):
+        x = jax.ShapeDtypeStruct((2, length, heads, head_dim), dtype)
+        return _mosaic_sizes.Sizes.of(Call(x, x, x), is_forward=True).heads
+
+    assert heads(197, 12, 64) == 12
+    assert heads(197, 32, 64) == 8  # four at least, or two, make whole registers
+    assert heads(577, 16, 64) == 8
+    assert heads(197, 7, 80) == 7  # all heads are as wide as the array
+    assert heads(197, 32, 80) == 8
+    assert heads(197, 8, 60) == 0
+    assert heads(641, 12, 64) == 0
 
 
 def assert_as_defined(mask, tgt, src, head_dim, dtype, rate):
