@@ -22,7 +22,7 @@ LAYERS = [
     ["_kernels._mosaic_tile"],
     ["_kernels._mosaic_steps"],
     ["_kernels._mosaic_calls"],
-    ["_kernels._mosaic_flat"],
+    ["_kernels._mosaic_flat", "_kernels._mosaic_masks"],
     ["_kernels._mosaic_spans"],
     ["_kernels._mosaic_work"],
     ["_kernels._ragged_blocks"],

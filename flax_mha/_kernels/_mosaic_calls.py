@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flax_mha._kernels._mosaic_steps import attend, pull_back
-from flax_mha._kernels._mosaic_tile import Setting, Shared, tile_of
+from flax_mha._kernels._mosaic_tile import Setting, Shared, Tile, tile_of
 from flax_mha._typing import Array
 
 VMEM = 48 * 2**20  # bytes; all generations from v5e on have them
@@ -24,7 +24,7 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
     value_dim, tgt = shared.value.shape[2], shared.query.shape[3]
 
     def kernel(*refs):
-        tile, (out_ref, maximum_ref, total_ref) = tile_of(setting, shared, refs)
+        tile, (out_ref, maximum_ref, total_ref) = _tile(setting, shared, refs)
         out, maximum, total = attend(tile, value_dim)
         out_ref[0, 0] = out.astype(out_ref.dtype)
         maximum_ref[0, 0], total_ref[0, 0] = maximum, total
@@ -52,7 +52,7 @@ def backward(
     value_dim = d_out.shape[2]
 
     def kernel(*refs):
-        tile, (d_out_ref, lse_ref, delta_ref, *outs) = tile_of(setting, shared, refs)
+        tile, (d_out_ref, lse_ref, delta_ref, *outs) = _tile(setting, shared, refs)
         d_query_ref, d_key_ref, d_value_ref = outs
 
         @pl.when(pl.program_id(2) == 0)
@@ -69,6 +69,11 @@ def backward(
         for shape in ((head_dim, d_out.shape[3]), (head_dim, src), (value_dim, src))
     )
     return _call(setting, kernel, shared, (d_out, lse, delta), outs, "bwd")
+
+
+def _tile(setting: Setting, shared: Shared, refs: tuple) -> tuple[Tile, list[Any]]:
+    place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    return tile_of(setting, shared, refs, place, refs[1][5])
 
 
 def _call(

@@ -27,7 +27,7 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
     dtype, value_dim = shared.query.dtype, shared.value.shape[2] // heads
 
     def kernel(*refs):
-        step, (out_ref, maximum_ref, total_ref, *laid, outs) = tile_of(
+        step, (out_ref, maximum_ref, total_ref, *laid, outs) = _step(
             setting, shared, refs
         )
         query, key, value = laid
@@ -63,7 +63,7 @@ def backward(
     head_dim, f32 = shared.query.shape[2] // heads, jnp.float32
 
     def kernel(*refs):
-        step, (d_out_ref, lse_ref, delta_ref, *rest) = tile_of(setting, shared, refs)
+        step, (d_out_ref, lse_ref, delta_ref, *rest) = _step(setting, shared, refs)
         results, (*laid, d_query, d_key, d_value) = rest[:3], rest[3:]
         query, key, value, d_out = laid
         _lay_columns(query, step.query)
@@ -111,6 +111,12 @@ def _laid(
     return [pltpu.VMEM((1, group, *shape), dtype) for shape in shapes]
 
 
+def _step(setting: Setting, shared: Shared, refs: tuple) -> tuple[Tile, list[Any]]:
+    """As `tile_of`, of a group of heads."""
+    place = pl.program_id(0), pl.program_id(1), 0
+    return tile_of(setting, shared, refs, place, 0)
+
+
 def _heads(
     step: Tile, query: Any, key: Any, value: Any
 ) -> Iterator[tuple[int, Tile, Array]]:
@@ -131,6 +137,7 @@ def _head(step: Tile, h: int, query: Any, key: Any, value: Any) -> Tile:
     return Tile(
         step.setting,
         (b, first * step.setting.sizes.heads + h, i),
+        step.span,
         *(step.visible, step.seeds),
         *(_of(h, x) for x in (query, key, value)),
         *([_of(h, x) for x in masks] for masks in (step.bias, step.masks)),
@@ -198,14 +205,14 @@ def _call(
         out_shape=outs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, groups, 1),
+            grid=(batch, groups),
             in_specs=list(map(spec, inputs)),
             out_specs=list(map(spec, outs)),
             scratch_shapes=scratch,
         ),
         interpret=setting.interpret,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel"),
             vmem_limit_bytes=VMEM,
         ),
     )

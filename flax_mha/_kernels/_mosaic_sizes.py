@@ -8,6 +8,7 @@ from flax_mha._call import Call
 
 # Keys of a head in the vector memory: more take as long, and longer to compile.
 _MOST_KEYS = 4096
+_MASK_KEYS = 2048  # of these in a block of a mask's gradient
 _MOST_MIB = 36  # of the vector memory, beside what is computed
 _TILE = 512  # rows of a block, and columns of a chunk
 # Rows of a block in the forward pass that visits all keys; 512 takes up to an eighth
@@ -37,14 +38,23 @@ class Sizes:
             return cls(tgt, tgt, padded(16, src_len), 1, 1, False, heads)
         mask = call.mask
         masks = *mask.allowed, *mask.blocked, *mask.attn_bias
-        skips = mask.is_causal or any(x.shape[2] == 1 for x in masks)
         is_tall = is_forward and _tile(call) == _TILE and not (mask.is_causal or masks)
         rows = part(tgt_len, _TALL if is_tall else _tile(call))
         columns = part(src_len, _tile(call))
         chunks = -(-src_len // columns)
         spans = -(-chunks // (_most_keys(call) // columns))
         tgt = padded(rows, tgt_len)
-        return cls(tgt, rows, columns, -(-chunks // spans), spans, skips)
+        return cls(tgt, rows, columns, -(-chunks // spans), spans, _skips(call))
+
+    @classmethod
+    def of_masks(cls, call: Call) -> "Sizes":
+        """Returns those of the pass for a mask's gradient, which has whole blocks."""
+        columns = part(call.logits[3], _tile(call))
+        chunks = -(-call.logits[3] // columns)
+        spans = -(-chunks // max(1, _MASK_KEYS // columns))
+        rows = part(call.logits[2], _tile(call))
+        tgt = padded(rows, call.logits[2])
+        return cls(tgt, rows, columns, -(-chunks // spans), spans, _skips(call))
 
     @property
     def blocks(self) -> int:
@@ -59,6 +69,12 @@ class Sizes:
     def src(self) -> int:
         """How many keys there are, with padding."""
         return self.spans * self.span
+
+
+def _skips(call: Call) -> bool:
+    mask = call.mask
+    masks = *mask.allowed, *mask.blocked, *mask.attn_bias
+    return mask.is_causal or any(x.shape[2] == 1 for x in masks)
 
 
 def _heads_of_step(call: Call) -> int:

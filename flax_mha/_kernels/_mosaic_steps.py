@@ -62,13 +62,21 @@ def pull_back(
 
     def through(n, logits, d_query):
         at = tile.at(n)
-        probs = jnp.exp(logits - lse[0, 0, 0:1] - lse[0, 0, 1:2])
-        d_probs = tile.dot(tile.value[0, 0, at], d_out, NN)
-        dropped, d_probs = tile.dropped(n, probs, d_probs)
-        d_logits = (probs * (d_probs - delta[0, 0])).astype(dtype)
+        dropped, d_logits = logits_gradient(tile, n, logits, d_out, lse, delta)
+        d_logits = d_logits.astype(dtype)
         d_value[0, 0, :, at] += tile.dot(d_out, dropped.astype(dtype), NT)
         d_key[0, 0, :, at] += tile.dot(query, d_logits, NT)
         key = tile.key[0, 0, at]
         return d_query + tile.dot(key.T, d_logits, NN)
 
     return tile.over_chunks(through, jnp.zeros(query.shape, jnp.float32), logits)
+
+
+def logits_gradient(
+    tile: Tile, n: int, logits: Array, d_out: Array, lse: Any, delta: Any
+) -> tuple[Array, Array]:
+    """Returns a chunk's probabilities after dropout, and the gradient of its logits."""
+    probs = jnp.exp(logits - lse[0, 0, 0:1] - lse[0, 0, 1:2])
+    d_probs = tile.dot(tile.value[0, 0, tile.at(n)], d_out, NN)
+    dropped, d_probs = tile.dropped(n, probs, d_probs)
+    return dropped, probs * (d_probs - delta[0, 0])

@@ -58,6 +58,7 @@ class Tile:
 
     setting: Setting
     place: tuple[Any, Any, Any]  # sequence, head, block of rows
+    span: Any  # of keys; 0 if there is one
     visible: Any
     seeds: Any
     query: Any
@@ -130,18 +131,14 @@ class Tile:
 
     def _first_column(self, n: int) -> Any:
         """Returns the number of a chunk's first column among all keys."""
-        first = n * self.setting.sizes.columns
-        if self.setting.sizes.spans == 1:
-            return first
-        return first + self.seeds[5] * self.setting.sizes.span
+        sizes = self.setting.sizes
+        return n * sizes.columns + self.span * sizes.span
 
     def _is_seen(self, n: int) -> Any:
         """Whether any query of this block may attend to a key of the chunk."""
         setting, first = self.setting, self._first_column(n)
         b, _, i = self.place
-        chunk = (
-            n if setting.sizes.spans == 1 else n + self.seeds[5] * setting.sizes.chunks
-        )
+        chunk = n + self.span * setting.sizes.chunks
         seen = self.visible[b, chunk] > 0
         if setting.covered is not None:
             is_open = first + setting.sizes.columns > setting.covered
@@ -166,20 +163,23 @@ class Tile:
             if setting.covered < setting.logits[3]:
                 allowed |= column >= setting.covered
             logits = jnp.where(allowed, logits, -jnp.inf)
-        last = (setting.sizes.spans - 1) * setting.sizes.span + (
-            n + 1
-        ) * setting.sizes.columns
-        if last > setting.logits[3]:  # in the last span
+        before = (setting.sizes.spans - 1) * setting.sizes.span
+        if (
+            before + (n + 1) * setting.sizes.columns > setting.logits[3]
+        ):  # in the last span
             exists = self._column(n) < setting.logits[3]
             logits = jnp.where(exists, logits, -jnp.inf)
         return logits
 
 
-def tile_of(setting: Setting, shared: Shared, refs: tuple) -> tuple[Tile, list[Any]]:
-    """Returns the step's tile, and the references that are not of `Shared`."""
+def tile_of(
+    setting: Setting, shared: Shared, refs: tuple, place: tuple, span: Any
+) -> tuple[Tile, list[Any]]:
+    """Returns a step's tile, and the references that are not of `Shared`."""
     count = len(shared.bias), len(shared.masks)
     (visible, seeds, query, key, value), rest = refs[:5], list(refs[5:])
     bias, rest = rest[: count[0]], rest[count[0] :]
     masks, rest = rest[: count[1]], rest[count[1] :]
-    place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    return Tile(setting, place, visible, seeds, query, key, value, bias, masks), rest
+    span = span if setting.sizes.spans > 1 else 0
+    arrays = visible, seeds, query, key, value, bias, masks
+    return Tile(setting, place, span, *arrays), rest

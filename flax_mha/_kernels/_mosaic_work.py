@@ -12,7 +12,7 @@ from jax import lax
 
 from flax_mha._call import Call
 from flax_mha._dropout import Dropout
-from flax_mha._kernels import _mosaic_flat, _mosaic_spans
+from flax_mha._kernels import _mosaic_flat, _mosaic_masks, _mosaic_spans
 from flax_mha._kernels._mosaic_sizes import Sizes
 from flax_mha._kernels._mosaic_tile import Setting, Shared
 from flax_mha._masks import Mask
@@ -27,11 +27,16 @@ class Work(NamedTuple):
 
     @classmethod
     def of(
-        cls, call: Call, precision: Precision, interpret: bool, *, is_forward: bool
+        cls,
+        call: Call,
+        sizes: Sizes,
+        precision: Precision,
+        *,
+        is_forward: bool = False,
+        interpret: bool = False,
     ) -> "Work":
         query, key, value, mask, scale, dropout, _ = call
         src_len = key.shape[1]
-        sizes = Sizes.of(call, is_forward=is_forward)
         masks = _masks_of_rows(mask)
         bias = _bias_of_keys(mask, src_len, sizes.src)
         setting = Setting(
@@ -77,15 +82,37 @@ class Work(NamedTuple):
         sizes = self.setting.sizes
         return _flat(x) if sizes.heads else _pad(_rows_last(x), 3, sizes.tgt)
 
-    def terms_of(self, x: Array) -> Array:
-        """Returns (batch, heads, tgt, terms) as kernels read it."""
-        return _pad(x.swapaxes(2, 3), 3, self.setting.sizes.tgt)
+    def laid(self, d_out: Array, lse: Array, delta: Array) -> tuple[Array, ...]:
+        """Returns these as kernels read them; terms are (batch, heads, tgt, terms)."""
+        terms = (
+            _pad(x.swapaxes(2, 3), 3, self.setting.sizes.tgt) for x in (lse, delta)
+        )
+        return self.rows_of(d_out), *terms
+
+    def gradients(
+        self, masks: tuple[Array, ...], d_out: Array, lse: Array, delta: Array
+    ) -> tuple[Array, ...]:
+        """Returns those of float masks; see `Sizes.of_masks`."""
+        rows, found = self.laid(d_out, lse, delta), {}
+        for x in masks:
+            like = x.shape[:3]
+            if like not in found:
+                found[like] = _mosaic_masks.gradient(*self, like, *rows)
+        return tuple(_part_of(found[x.shape[:3]], x) for x in masks)
 
     def heads_of(self, x: Array, length: int) -> Array:
         """Returns (batch, length, heads, dim) of what a kernel returned."""
         if self.setting.sizes.heads:
             return x.reshape(*x.shape[:2], self.setting.logits[1], -1)
         return x[..., :length].transpose(0, 3, 1, 2)
+
+
+def _part_of(total: Array, mask: Array) -> Array:
+    """Returns the gradient of a mask of what was summed in whole blocks."""
+    _, _, tgt, src = mask.shape
+    if tgt == 1:
+        total = jnp.sum(total, axis=2, keepdims=True)
+    return total[:, :, :tgt, :src].astype(mask.dtype)
 
 
 def _visible(bias: Array | None, batch: int, sizes: Sizes) -> Array:

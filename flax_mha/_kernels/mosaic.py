@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from flax_mha._call import Call, Gradients
 from flax_mha._kernels._blocks import few_logits
+from flax_mha._kernels._mosaic_sizes import Sizes
 from flax_mha._kernels._softmax import delta_of
 from flax_mha._typing import Array, OutHeads, Precision
-
-DIFFERENTIATES_MASKS = False
 
 
 @functools.cache
@@ -54,7 +53,8 @@ def forward(
     """As that of all kernels; see `_kernels`. `interpret` runs it on any platform."""
     from flax_mha._kernels._mosaic_work import Work
 
-    work = Work.of(call, precision, interpret, is_forward=True)
+    sizes = Sizes.of(call, is_forward=True)
+    work = Work.of(call, sizes, precision, is_forward=True, interpret=interpret)
     out, maximum, total = work.kernels.forward(work.setting, work.shared)
     is_dead = total == 0
     maximum = jnp.where(is_dead, jnp.inf, maximum)
@@ -74,25 +74,28 @@ def backward(
     with_bias: bool = True,
     interpret: bool = False,
 ) -> Gradients:
-    """As that of all kernels; see `_kernels`. Float masks get none."""
+    """As that of all kernels; see `_kernels`."""
     from flax_mha._kernels._mosaic_work import Work
 
-    assert not (with_bias and call.mask.attn_bias)
-    work = Work.of(call, precision, interpret, is_forward=False)
-    query, key, value, _, scale, *_ = call
+    query, key, value, mask, scale, *_ = call
+    sizes = Sizes.of(call, is_forward=False)
+    work = Work.of(call, sizes, precision, interpret=interpret)
+    delta = delta_of(out, d_out, jnp.float32).swapaxes(1, 2)
+    rows = d_out.astype(query.dtype), lse, delta
     d_query, d_key, d_value = work.kernels.backward(
-        work.setting,
-        work.shared,
-        work.rows_of(d_out.astype(query.dtype)),
-        work.terms_of(lse),
-        work.terms_of(delta_of(out, d_out, jnp.float32).swapaxes(1, 2)),
+        work.setting, work.shared, *work.laid(*rows)
     )
+    d_bias = ()
+    if with_bias and mask.attn_bias:
+        sizes = Sizes.of_masks(call)
+        masks = Work.of(call, sizes, precision, interpret=interpret)
+        d_bias = masks.gradients(mask.attn_bias, *rows)
     d_scale = jnp.sum(d_query * work.rows_of(query).astype(jnp.float32))
     return Gradients(
         work.heads_of((d_query * scale).astype(query.dtype), query.shape[1]),
         work.heads_of(d_key.astype(key.dtype), key.shape[1]),
         work.heads_of(d_value.astype(value.dtype), key.shape[1]),
-        (),
+        d_bias,
         d_scale.astype(scale.dtype),
     )
 

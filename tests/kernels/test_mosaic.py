@@ -1,5 +1,7 @@
 """Our TPU kernel's numbers, interpreted on the CPU, against the definition."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,32 +113,39 @@ def assert_as_defined(mask, tgt, src, head_dim, dtype, rate):
     assert mosaic.unsupported(Call(*inputs, mask, scale, dropout)) is None
 
     @jax.jit
-    def ours(q, k, v, d_out):
-        call = Call(q, k, v, mask, scale, dropout)
+    def ours(q, k, v, attn_bias, d_out):
+        masks = dataclasses.replace(mask, attn_bias=attn_bias)
+        call = Call(q, k, v, masks, scale, dropout)
         options = dict(precision="highest", interpret=True)
         out, lse = mosaic.forward(call, **options)
-        gradients = mosaic.backward(call, out, lse, d_out, with_bias=False, **options)
-        return out, gradients.query, gradients.key, gradients.value, gradients.scale
+        return out, *mosaic.backward(call, out, lse, d_out, **options)[:5]
 
     @jax.jit
-    def definition(q, k, v, d_out):
-        def attend(q, k, v, scale):
-            return reference.attend(Call(q, k, v, mask, scale, dropout))[0]
+    def definition(q, k, v, attn_bias, d_out):
+        def attend(q, k, v, attn_bias, scale):
+            masks = dataclasses.replace(mask, attn_bias=attn_bias)
+            return reference.attend(Call(q, k, v, masks, scale, dropout))[0]
 
-        out, pull_back = jax.vjp(attend, q, k, v, scale.astype("float64"))
+        wide = scale.astype("float64")
+        out, pull_back = jax.vjp(attend, q, k, v, attn_bias, wide)
         return out, *pull_back(d_out)
 
+    args = *inputs, mask.attn_bias, d_out
     wide = [x.astype("float64") for x in (*inputs, d_out)]
-    tolerance = 2e-2 if dtype == "bfloat16" else 1e-5
-    pairs = list(zip(ours(*inputs, d_out), definition(*wide), strict=True))
+    got, want = ours(*args), definition(*wide[:3], mask.attn_bias, wide[3])
     if dtype == "bfloat16":
-        del pairs[-1]  # the gradient of the scale is what little is left of a sum
-    for got, want in pairs:
-        largest = max(float(jnp.max(jnp.abs(want))), 1e-3)
-        got = np.asarray(got, np.float64)
-        np.testing.assert_allclose(
-            got / largest, want / largest, atol=tolerance, rtol=0
-        )
+        # The gradient of the scale is what little is left of a sum.
+        got, want = got[:-1], want[:-1]
+    jax.tree.map(assert_close, got, want)
+
+
+def assert_close(got, want):
+    """As a part of the largest number, as the dtype rounds."""
+    tolerance = {"bfloat16": 2e-2, "float16": 1e-3, "float32": 1e-5}[str(got.dtype)]
+    assert got.shape == want.shape
+    largest = max(float(jnp.max(jnp.abs(want))), 1e-3)
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    np.testing.assert_allclose(got / largest, want / largest, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(
