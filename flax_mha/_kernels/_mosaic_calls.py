@@ -12,6 +12,7 @@ from flax_mha._kernels._mosaic_steps import attend, pull_back
 from flax_mha._kernels._mosaic_tile import Setting, Shared, Tile, tile_of
 from flax_mha._typing import Array
 
+_IN_TURN = (0, 1, 2)
 VMEM = 48 * 2**20  # bytes; all generations from v5e on have them
 
 
@@ -22,9 +23,10 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
     """
     batch, heads, _, _ = setting.logits
     value_dim, tgt = shared.value.shape[2], shared.query.shape[3]
+    order = _order(shared.masks)
 
     def kernel(*refs):
-        tile, (out_ref, maximum_ref, total_ref) = _tile(setting, shared, refs)
+        tile, (out_ref, maximum_ref, total_ref) = _tile(setting, shared, refs, order)
         out, maximum, total = attend(tile, value_dim)
         out_ref[0, 0] = out.astype(out_ref.dtype)
         maximum_ref[0, 0], total_ref[0, 0] = maximum, total
@@ -32,7 +34,7 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
     row = jax.ShapeDtypeStruct((batch, heads, 1, tgt), jnp.float32)
     dtype = shared.query.dtype if setting.sizes.spans == 1 else jnp.float32
     out = jax.ShapeDtypeStruct((batch, heads, value_dim, tgt), dtype)
-    return _call(setting, kernel, shared, (), (out, row, row), "fwd")
+    return _call(setting, kernel, shared, order, (), (out, row, row))
 
 
 def backward(
@@ -50,9 +52,12 @@ def backward(
     batch, heads, _, _ = setting.logits
     head_dim, src = shared.query.shape[2], setting.sizes.span
     value_dim = d_out.shape[2]
+    order = _IN_TURN  # as gradients of keys are summed
 
     def kernel(*refs):
-        tile, (d_out_ref, lse_ref, delta_ref, *outs) = _tile(setting, shared, refs)
+        tile, (d_out_ref, lse_ref, delta_ref, *outs) = _tile(
+            setting, shared, refs, order
+        )
         d_query_ref, d_key_ref, d_value_ref = outs
 
         @pl.when(pl.program_id(2) == 0)
@@ -68,11 +73,27 @@ def backward(
         jax.ShapeDtypeStruct((batch, heads, *shape), jnp.float32)
         for shape in ((head_dim, d_out.shape[3]), (head_dim, src), (value_dim, src))
     )
-    return _call(setting, kernel, shared, (d_out, lse, delta), outs, "bwd")
+    return _call(setting, kernel, shared, order, (d_out, lse, delta), outs)
 
 
-def _tile(setting: Setting, shared: Shared, refs: tuple) -> tuple[Tile, list[Any]]:
-    place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+def _order(masks: tuple[Array, ...]) -> tuple[int, int, int]:
+    """Returns which axis of the grid runs over sequences, heads and blocks of rows.
+
+    What the largest mask is shared by runs fastest, so that it is read once.
+    """
+    largest = max(masks, key=lambda x: x.nbytes, default=None)
+    if largest is None:
+        return _IN_TURN
+    is_shared = [size == 1 for size in largest.shape[:2]] + [False]
+    slowest_first = sorted(range(3), key=lambda n: is_shared[n])
+    sequences, heads, blocks = map(slowest_first.index, range(3))
+    return sequences, heads, blocks
+
+
+def _tile(
+    setting: Setting, shared: Shared, refs: tuple, order: tuple[int, int, int]
+) -> tuple[Tile, list[Any]]:
+    place = tuple(map(pl.program_id, order))
     return tile_of(setting, shared, refs, place, refs[1][5])
 
 
@@ -80,9 +101,9 @@ def _call(
     setting: Setting,
     kernel: Callable,
     shared: Shared,
+    order: tuple[int, int, int],
     more: tuple[Array, ...],
     outs: tuple[jax.ShapeDtypeStruct, ...],
-    name: str,
 ) -> Any:
     """Runs a kernel over sequences, heads and blocks of rows, for a span of keys."""
     batch, heads, _, _ = setting.logits
@@ -98,7 +119,8 @@ def _call(
             if axis is not None:
                 block[axis] = size
 
-        def where(b, h, i, _, numbers):
+        def where(*ids):
+            (b, h, i), numbers = (ids[axis] for axis in order), ids[4]
             at = {rows: i, keys: 0 if setting.sizes.spans == 1 else numbers[5]}
             lead = b if shape[0] > 1 else 0, h if shape[1] > 1 else 0
             return (*lead, *(at.get(axis, 0) for axis in (2, 3)))
@@ -121,15 +143,16 @@ def _call(
     if is_backward:
         out_specs[1:] = [spec(x.shape) for x in outs[1:]]
     last = "arbitrary" if is_backward else "parallel"
+    sizes = batch, heads, setting.sizes.blocks
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(batch, heads, setting.sizes.blocks),
+        grid=tuple(sizes[order.index(axis)] for axis in range(3)),
         in_specs=in_specs,
         out_specs=out_specs,
     )
     run = pl.pallas_call(
         kernel,
-        name=f"flax_mha_{name}",
+        name="flax_mha_bwd" if is_backward else "flax_mha_fwd",
         out_shape=outs,
         grid_spec=grid_spec,
         interpret=setting.interpret,

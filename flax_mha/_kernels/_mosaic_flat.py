@@ -113,7 +113,7 @@ def _laid(
 
 def _step(setting: Setting, shared: Shared, refs: tuple) -> tuple[Tile, list[Any]]:
     """As `tile_of`, of a group of heads."""
-    place = pl.program_id(0), pl.program_id(1), 0
+    place = pl.program_id(1), pl.program_id(0), 0
     return tile_of(setting, shared, refs, place, 0)
 
 
@@ -190,9 +190,9 @@ def _call(
         """A sequence's and group's part of an array, or the one that all share."""
         if x.ndim == 3:
             block = 1, x.shape[1], x.shape[2] // groups
-            return pl.BlockSpec(block, lambda b, g, *_: (b, 0, g))
+            return pl.BlockSpec(block, lambda g, b, *_: (b, 0, g))
 
-        def where(b, g, *_):
+        def where(g, b, *_):
             return b if x.shape[0] > 1 else 0, g if x.shape[1] > 1 else 0, 0, 0
 
         group = setting.sizes.heads if x.shape[1] > 1 else 1
@@ -205,7 +205,7 @@ def _call(
         out_shape=outs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, groups),
+            grid=(groups, batch),  # a mask that sequences share is read once
             in_specs=list(map(spec, inputs)),
             out_specs=list(map(spec, outs)),
             scratch_shapes=scratch,
