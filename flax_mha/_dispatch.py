@@ -229,10 +229,7 @@ def _choose_backward(plan: Plan, with_bias: bool, target: Target) -> Callable:
     def pull_back(call, out, lse, d_out, d_weights):
         kernel: Any = KERNELS[name]
         options = dict(precision=plan.precision, with_bias=with_bias)
-        is_plain = name == "blockwise" or (
-            with_bias and not kernel.DIFFERENTIATES_MASKS
-        )
-        if is_plain or d_weights is not None:
+        if name == "blockwise" or d_weights is not None:
             kernel = blockwise
             options |= dict(d_weights=d_weights, whole=is_whole(target))
         return kernel.backward(call, out, lse, d_out, **options)

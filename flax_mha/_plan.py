@@ -11,7 +11,7 @@ from flax_mha._place import Place
 from flax_mha._typing import Precision, Weighting
 
 # By platform, the best first; blockwise runs on all.
-FUSED = {"cuda": ("cudnn",), "tpu": ("mosaic", "splash")}
+FUSED = {"cuda": ("cudnn",), "tpu": ("mosaic",)}
 
 
 class Reasons(NamedTuple):

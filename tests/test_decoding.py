@@ -484,7 +484,7 @@ ERRORS = {
     "query and key must be as long": dict(key=normal(2, 4, 12), value=normal(2, 4, 12)),
     "a 2-D attn_mask must have shape": dict(attn_mask=np.zeros((3, 3))),
     "key_padding_mask must have shape": dict(key_padding_mask=np.zeros((2, 3), bool)),
-    "implementation='splash' cannot": dict(implementation="splash"),
+    "implementation='mosaic' cannot": dict(implementation="mosaic"),
 }
 
 

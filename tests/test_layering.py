@@ -5,8 +5,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
-KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged"]
-KERNELS += ["reference", "splash"]
+KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged", "reference"]
 LAYERS = [
     ["_typing", "_mesh", "_lazy"],
     ["_lowering"],
@@ -19,7 +18,13 @@ LAYERS = [
     ["_ragged.array"],
     ["_ragged"],
     ["_kernels._blocks", "_kernels._softmax", "_kernels._cudnn_calls"],
+    ["_kernels._mosaic_sizes"],
+    ["_kernels._mosaic_tile"],
+    ["_kernels._mosaic_steps"],
     ["_kernels._mosaic_calls"],
+    ["_kernels._mosaic_flat", "_kernels._mosaic_masks"],
+    ["_kernels._mosaic_spans"],
+    ["_kernels._mosaic_work"],
     ["_kernels._ragged_blocks"],
     [f"_kernels.{name}" for name in KERNELS],
     ["_kernels"],

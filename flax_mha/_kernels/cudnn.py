@@ -44,9 +44,6 @@ _MAX_WIDTH = 128  # of a head; only Hopper and later take more
 _HUGE = -(2.0**29)  # leaves nothing of a logit below 32, added to it in float32
 
 
-DIFFERENTIATES_MASKS = True
-
-
 def missing() -> str | None:
     for device in jax.local_devices():
         # AMD's GPUs have other texts for it.

@@ -189,8 +189,8 @@ def mesh_of(topology, kind):
     return Mesh(chips, ("data", "tensor"), axis_types=(kind,) * 2)
 
 
-def on_mesh(mesh, function, *, rules=(), share=(2, 2048, 4, 64)):
-    """Compiles for a mesh where each chip has a share of batch and heads."""
+def lowered_on(mesh, function, *, rules=(), share=(2, 2048, 4, 64)):
+    """Lowers for a mesh where each chip has a share of batch and heads."""
     sharding = NamedSharding(mesh, P("data", None, "tensor"))
     data, tensor = mesh.devices.shape
     shape = share[0] * data, share[1], share[2] * tensor, share[3]
@@ -199,9 +199,20 @@ def on_mesh(mesh, function, *, rules=(), share=(2, 2048, 4, 64)):
         out = sharding if function is attention else (sharding,) * 3
         # Rules are nothing that `jax.jit` would trace a function again for.
         step = jax.jit(functools.partial(function), out_shardings=out)
-        program = step.lower(x, x, x).compile()
+        return step.lower(x, x, x)
+
+
+def on_mesh(*args, **options):
+    program = lowered_on(*args, **options).compile()
     assert collectives(program) == {}
     return program
+
+
+def test_each_chip_takes_keys_in_spans():
+    mesh = mesh_of("v5e:2x2", AxisType.Explicit)
+    program = lowered_on(mesh, attention_step, share=(1, 8192, 1, 64))
+    assert program.as_text().count("tpu_custom_call") == 2
+    assert program.as_text().count("stablehlo.while") == 2
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
