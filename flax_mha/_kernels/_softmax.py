@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from flax_mha._typing import Array, DType, Precision, accumulation_dtype
 
@@ -47,7 +48,10 @@ class Running(NamedTuple):
         Args:
             drop: Returns each of its arguments after dropout.
         """
-        maximum = jnp.maximum(self.maximum, jnp.max(logits, -1, keepdims=True))
+        # It changes no result. Its derivative would look for the largest logit, which
+        # XLA may have computed again, with other rounding: 0 / 0 where none is found.
+        largest = jnp.max(lax.stop_gradient(logits), -1, keepdims=True)
+        maximum = jnp.maximum(self.maximum, largest)
         # As long as a row is allowed nothing, subtract 0: -inf - (-inf) is NaN.
         shift = jnp.where(maximum == -jnp.inf, 0, maximum)
         exps = jnp.exp(logits - shift)

@@ -96,12 +96,7 @@ def _pushed_forward(function, leaves, params, convert, seed):
     signs = directions(leaves | params, seed)
     signs = {n: x.astype((leaves | params)[n].dtype) for n, x in signs.items()}
     moved = {n: signs[n] for n in leaves}, convert({n: signs[n] for n in params})
-    # Without LLVM's optimizations, one lane of XLA's CPU code has NaN tangents where a
-    # float mask is -inf.
-    push = jax.jit(
-        lambda at, along: jax.jvp(function, at, along),
-        compiler_options={"xla_backend_optimization_level": 3},
-    )
+    push = compiled(lambda at, along: jax.jvp(function, at, along))
     results, tangents = push((leaves, convert(params)), moved)
     return Ours(_arrays(results), seed, tangents=_arrays(tangents))
 
