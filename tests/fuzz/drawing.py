@@ -7,19 +7,27 @@ twice as often.
 
 import numpy as np
 
+SAME = 4  # configurations share a program, where a part says what they may differ in
 
-def draw(options, settle, rng):
-    """Returns a configuration, and `numbers`, the seed of its arrays.
 
-    Args:
-        settle: Changes, in place, values that exclude each other.
-    """
+def drawn(part, seed, n):
+    """Returns the n-th configuration of a seed."""
+    values = getattr(part, "VALUES", None)
+    of_programs = np.random.default_rng([seed, n if values is None else n // SAME])
+    config = draw(part.OPTIONS, of_programs)
+    if values is not None:
+        rng = np.random.default_rng([seed, n, 0])
+        config |= draw(pick(part.OPTIONS, *values), rng)
+    part.settle(config)
+    return config
+
+
+def draw(options, rng):
+    """Returns a value of each option, and `numbers`, the seed of its arrays."""
     config = {
         name: values[rng.integers(len(values))] for name, values in options.items()
     }
-    config["numbers"] = int(rng.integers(2**31))
-    settle(config)
-    return config
+    return config | {"numbers": int(rng.integers(2**31))}
 
 
 def simplest(config, options, settle, fails):

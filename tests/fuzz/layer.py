@@ -1,6 +1,5 @@
 """Multi-head attention on arrays: the modules and the function, transformed."""
 
-import contextlib
 import functools
 
 import flax.linen as nn
@@ -18,7 +17,7 @@ from tests.fuzz.drawing import generator, pick
 
 OPTIONS = {
     "api": ["linen", "nnx", "functional"],
-    "transform": ["eager", *transforms.ALL],
+    "transform": [*transforms.COMPILED * 4, *transforms.EAGER],
     "implementation": [None, None, "blockwise", "reference"],
     "dtype": [*["float64"] * 4, "float32", "float32", "bfloat16", "float16"],
     "param_dtype": ["same", "same", "same", "float32", "bfloat16"],
@@ -52,8 +51,11 @@ OPTIONS = {
     "out_rows": [None, 5],
     "separate": [False, True],
 }
+VALUES = ("lowest", "dead_row")  # for which no other program is compiled
 CONSTRUCTOR = ("dropout", "bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim")
 CALL = ("need_weights", "average_attn_weights", "is_causal")
+# Where each operation is compiled by itself, for each shape: so that most have been.
+FEW_SHAPES = dict(tgt_len=3, num_heads=2, head_dim=5)
 SETS = 2  # of arrays, under vmap and scan
 
 
@@ -74,6 +76,9 @@ def settle(config):
     if config["tgt_len"] > 100 and config["src_len"] > 100:
         config["num_heads"] = min(config["num_heads"], 2)
         config["batch"] = config["batch"] and 1
+    if config["transform"] in transforms.EAGER:
+        config.update(FEW_SHAPES, batch=config["batch"] and 2, out_rows=None)
+        config["src_len"] = 3 if config["sources"] == "self" else 7
     if config["batch"] is None:
         config["batch_first"] = True
     if config["param_dtype"] == config["dtype"]:
@@ -86,8 +91,8 @@ def settle(config):
         config["dead_row"] = False
     if not _kinds(config) & {"float", "float_heads"}:
         config.update(lowest=False, mask_dtype="same")
-    if config["lowest"] and config["dtype"] == "float64":
-        config["compute"] = None  # of which that would be -inf
+    if config["compute"] and config["dtype"] == "float64":
+        config["lowest"] = False  # which would be -inf
     if config["dropout"] == 0:
         config["deterministic"] = False
     if not config["need_weights"]:
@@ -100,25 +105,12 @@ def check(config):
     params, arrays = draw_params(config, rng), draw_arrays(config, rng)
     leaves = {n: x for n, x in arrays.items() if x.dtype != bool}
     constants = {n: x for n, x in arrays.items() if x.dtype == bool}
-    settings = (
-        jax.enable_x64(config["x64"]),
-        jax.numpy_dtype_promotion(config["promotion"]),
-    )
-    with contextlib.ExitStack() as stack:
-        for setting in settings:
-            stack.enter_context(setting)
-        call, convert, restore, seed = OURS[config["api"]](config)
+    with jax.enable_x64(config["x64"]), jax.numpy_dtype_promotion(config["promotion"]):
+        key = jax.random.key(config["numbers"])
+        seed = SEED[config["api"]](key)
+        run = program(tuple((n, config[n]) for n in OPTIONS if n not in VALUES))
+        ours = run(leaves, params, constants | {"rng": key}, config["numbers"])
         dtype = _result_dtype(config)
-
-        def function(leaves, params):
-            out, weights = call(_arguments(leaves | constants), params)
-            return {"output": out} | ({} if weights is None else {"weights": weights})
-
-        ours = transforms.run(
-            *(config["transform"], function, leaves, params, config["numbers"]),
-            convert=convert,
-            restore=restore,
-        )
     for name, x in ours.results.items():
         if x.dtype != dtype:
             raise Mismatch(f"{name} is of {x.dtype}, not {dtype}")
@@ -131,6 +123,19 @@ def check(config):
         got = ours.results | {f"d_{n}": x for n, x in ours.gradients.items()}
         largest = max(np.max(np.abs(x), initial=0) for x in want.values())
         same(got, want, tolerance, least=largest / 100)
+
+
+@functools.lru_cache(maxsize=4)
+def program(items):
+    """Returns what all configurations run that differ in `VALUES` alone."""
+    config = dict(items)
+    call, convert, restore = OURS[config["api"]](config)
+
+    def function(leaves, params, rest):
+        out, weights = call(_arguments(leaves | rest), params, rest["rng"])
+        return {"output": out} | ({} if weights is None else {"weights": weights})
+
+    return transforms.Program(config["transform"], function, convert, restore)
 
 
 def check_against(define, leaves, shared, ours, tolerance):
@@ -152,7 +157,7 @@ def check_against(define, leaves, shared, ours, tolerance):
         return {name: np.stack([one[name] for one in sets]) for name in sets[0]}
 
     same(ours.results, of_all_sets(exact), tolerance)
-    directions = transforms.directions(exact, ours.seed)
+    directions = ours.directions
     if ours.tangents:
         tangents = definition.derivative(of_all_sets, exact, directions)
         same(ours.tangents, tangents, tolerance * 10)
@@ -337,7 +342,7 @@ def _result_dtype(config):
     return jnp.promote_types(config["dtype"], params)
 
 
-# --- Ours: what is called, with its parameters to and from PyTorch's, and its seed ----
+# --- Ours: what is called, with its parameters to and from PyTorch's; dropout's seeds -
 
 
 def _constructor(config):
@@ -353,10 +358,6 @@ def _converters(config):
     return to_ours, state_dict_from_params
 
 
-def _key(config):
-    return jax.random.key(config["numbers"])
-
-
 def _seed(key):
     return np.asarray(jax.random.bits(key, (2,), jnp.uint32))
 
@@ -367,15 +368,19 @@ class _Dropout(nn.Module):
         return self.make_rng("dropout")
 
 
+def _linen_seed(key):
+    return _seed(_Dropout().apply({}, rngs={"dropout": key}))
+
+
 def _linen(config):
     args, options = _constructor(config)
-    module, rngs = MultiheadAttention(*args, **options), {"dropout": _key(config)}
+    module = MultiheadAttention(*args, **options)
 
-    def call(arguments, params):
-        options = pick(config, *CALL)
-        return module.apply({"params": params}, **arguments, **options, rngs=rngs)
+    def call(arguments, params, key):
+        options = pick(config, *CALL) | dict(rngs={"dropout": key})
+        return module.apply({"params": params}, **arguments, **options)
 
-    return call, *_converters(config), _seed(_Dropout().apply({}, rngs=rngs))
+    return call, *_converters(config)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -392,19 +397,19 @@ def _nnx(config):
     args, options = _constructor(config)
     graph, state = _nnx_parts(args, tuple(options.items()))
 
-    def call(arguments, params):
+    def call(arguments, params, key):
         nnx.replace_by_pure_dict(state, params)
         mha = nnx.merge(graph, state)
-        return mha(**arguments, **pick(config, *CALL), rngs=_key(config))
+        return mha(**arguments, **pick(config, *CALL), rngs=key)
 
-    return call, *_converters(config), _seed(_key(config))
+    return call, *_converters(config)
 
 
 def _functional(config):
     embed = config["num_heads"] * config["head_dim"]
     names = ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 
-    def call(arguments, params):
+    def call(arguments, params, key):
         separate = {n: x for n, x in params.items() if n.endswith("_proj_weight")}
         return functional.multi_head_attention_forward(
             **arguments,
@@ -418,12 +423,13 @@ def _functional(config):
             out_proj_weight=params["out_proj.weight"],
             out_proj_bias=params.get("out_proj.bias"),
             training=not config["deterministic"],
-            dropout_rng=_key(config),
+            dropout_rng=key,
             implementation=config["implementation"],
             **pick(config, *CALL),
         )
 
-    return call, lambda params: params, lambda params: params, _seed(_key(config))
+    return call, dict, dict
 
 
 OURS = {"linen": _linen, "nnx": _nnx, "functional": _functional}
+SEED = {"linen": _linen_seed, "nnx": _seed, "functional": _seed}
