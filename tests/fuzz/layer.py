@@ -12,7 +12,12 @@ import flax_mha.nnx
 from flax_mha import MultiheadAttention, functional
 from flax_mha.convert import params_from_state_dict, state_dict_from_params
 from tests.fuzz import definition, torch_side, transforms
-from tests.fuzz.comparing import Mismatch, same, same_slopes, widest_tolerance
+from tests.fuzz.comparing import (
+    against_definition,
+    against_torch,
+    of_dtype,
+    widest_tolerance,
+)
 from tests.fuzz.drawing import generator, pick
 
 OPTIONS = {
@@ -56,7 +61,6 @@ CONSTRUCTOR = ("dropout", "bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim"
 CALL = ("need_weights", "average_attn_weights", "is_causal")
 # Where each operation is compiled by itself, for each shape: so that most have been.
 FEW_SHAPES = dict(tgt_len=3, num_heads=2, head_dim=5)
-SETS = 2  # of arrays, under vmap and scan
 
 
 def settle(config):
@@ -111,18 +115,14 @@ def check(config):
         run = program(tuple((n, config[n]) for n in OPTIONS if n not in VALUES))
         ours = run(leaves, params, constants | {"rng": key}, config["numbers"])
         dtype = _result_dtype(config)
-    for name, x in ours.results.items():
-        if x.dtype != dtype:
-            raise Mismatch(f"{name} is of {x.dtype}, not {dtype}")
+    of_dtype(ours.results, dtype)
     dtypes = {dtype, *(x.dtype for x in (*leaves.values(), *params.values()))}
     tolerance = widest_tolerance(*dtypes)
     define = functools.partial(by_definition, config, constants, seed)
-    check_against(define, leaves | params, params, ours, tolerance)
+    against_definition(define, leaves | params, params, ours, tolerance)
     if torch_side.can_run(config):
-        want = torch_side.results(config, params, arrays, ours)
-        got = ours.results | {f"d_{n}": x for n, x in ours.gradients.items()}
-        largest = max(np.max(np.abs(x), initial=0) for x in want.values())
-        same(got, want, tolerance, least=largest / 100)
+        call = functools.partial(torch_side.layer, config)
+        against_torch(torch_side.results(call, params, arrays, ours), ours, tolerance)
 
 
 @functools.lru_cache(maxsize=4)
@@ -136,39 +136,6 @@ def program(items):
         return {"output": out} | ({} if weights is None else {"weights": weights})
 
     return transforms.Program(config["transform"], function, convert, restore)
-
-
-def check_against(define, leaves, shared, ours, tolerance):
-    """Checks results, tangents, and gradients along directions.
-
-    Args:
-        define: The definition, of leaves by name.
-        shared: Those that all sets have in common.
-    """
-    exact = {name: x.astype(np.float64) for name, x in leaves.items()}
-
-    def of_all_sets(leaves):
-        if not ours.has_sets:
-            return define(leaves)
-        sets = [
-            define({n: x if n in shared else x[s] for n, x in leaves.items()})
-            for s in range(SETS)
-        ]
-        return {name: np.stack([one[name] for one in sets]) for name in sets[0]}
-
-    same(ours.results, of_all_sets(exact), tolerance)
-    directions = ours.directions
-    if ours.tangents:
-        tangents = definition.derivative(of_all_sets, exact, directions)
-        same(ours.tangents, tangents, tolerance * 10)
-    slopes = {}
-    for name in ours.gradients:
-        one = {name: directions[name]}
-        tangents = definition.derivative(of_all_sets, exact, one)
-        slopes[name] = sum(
-            np.sum(tangents[n] * ours.cotangents[n]) for n in ours.cotangents
-        )
-    same_slopes(ours.gradients, directions, slopes, tolerance * 10)
 
 
 def by_definition(config, constants, seed, leaves):
@@ -263,7 +230,7 @@ def draw_arrays(config, rng):
     batch = [] if config["batch"] is None else [config["batch"]]
     rows = (1 if config["batch"] is None else config["batch"]) * config["num_heads"]
     tgt_len, src_len = config["tgt_len"], config["src_len"]
-    sets = [SETS] if config["transform"] in transforms.OF_SETS else []
+    sets = [transforms.SETS] if config["transform"] in transforms.OF_SETS else []
 
     def source(length, width):
         order = [*batch, length] if config["batch_first"] else [length, *batch]

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OF_SETS = ("vmap", "scan")  # which have a first axis more in all arrays
+SETS = 2  # of arrays, which are their first axis,
+OF_SETS = ("vmap", "scan")  # under these
 COMPILED = ("jit", "grad", "remat", "remat_names", "jvp", *OF_SETS)
 EAGER = ("eager", "eager_grad")
 
