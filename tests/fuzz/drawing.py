@@ -7,15 +7,15 @@ twice as often.
 
 import numpy as np
 
-SAME = 4  # configurations share a program, where a part says what they may differ in
-
 
 def drawn(part, seed, n):
-    """Returns the n-th configuration of a seed."""
-    values = getattr(part, "VALUES", None)
-    of_programs = np.random.default_rng([seed, n if values is None else n // SAME])
-    config = draw(part.OPTIONS, of_programs)
-    if values is not None:
+    """Returns the n-th configuration of a seed.
+
+    Where a part says so, `SAME` of them differ in `VALUES` alone, and share a program.
+    """
+    same, values = getattr(part, "SAME", 1), getattr(part, "VALUES", ())
+    config = draw(part.OPTIONS, np.random.default_rng([seed, n // same]))
+    if same > 1:
         rng = np.random.default_rng([seed, n, 0])
         config |= draw(pick(part.OPTIONS, *values), rng)
     part.settle(config)

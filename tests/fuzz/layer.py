@@ -56,6 +56,7 @@ OPTIONS = {
     "out_rows": [None, 5],
     "separate": [False, True],
 }
+SAME = 4
 VALUES = ("lowest", "dead_row")  # for which no other program is compiled
 CONSTRUCTOR = ("dropout", "bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim")
 CALL = ("need_weights", "average_attn_weights", "is_causal")
@@ -114,7 +115,7 @@ def check(config):
         seed = SEED[config["api"]](key)
         run = program(tuple((n, config[n]) for n in OPTIONS if n not in VALUES))
         ours = run(leaves, params, constants | {"rng": key}, config["numbers"])
-        dtype = _result_dtype(config)
+        dtype = result_dtype(config)
     of_dtype(ours.results, dtype)
     dtypes = {dtype, *(x.dtype for x in (*leaves.values(), *params.values()))}
     tolerance = widest_tolerance(*dtypes)
@@ -132,7 +133,7 @@ def program(items):
     call, convert, restore = OURS[config["api"]](config)
 
     def function(leaves, params, rest):
-        out, weights = call(_arguments(leaves | rest), params, rest["rng"])
+        out, weights = call(arguments_of(leaves | rest), params, rest["rng"])
         return {"output": out} | ({} if weights is None else {"weights": weights})
 
     return transforms.Program(config["transform"], function, convert, restore)
@@ -141,7 +142,7 @@ def program(items):
 def by_definition(config, constants, seed, leaves):
     """Returns the results of one set of arrays."""
     names = ("query", "key", "value")
-    given = _arguments(leaves | constants)
+    given = arguments_of(leaves | constants)
     query, key, value = (_batch_first(config, given[name]) for name in names)
     batch, tgt_len, _ = query.shape
     statics = {n: given[n] for n in ("static_k", "static_v") if n in given}
@@ -254,11 +255,11 @@ def draw_arrays(config, rng):
     for name, shape in shapes.items():
         if kind := config[name]:
             shape = shape if kind.startswith("bool") else [*sets, *shape]
-            arrays[name] = _draw_mask(config, kind, shape, rng)
+            arrays[name] = draw_mask(config, kind, shape, rng)
     return arrays
 
 
-def _draw_mask(config, kind, shape, rng):
+def draw_mask(config, kind, shape, rng):
     """A mask that leaves a key open to all, or none to the last row."""
     blocked = rng.random(shape) < 0.4
     if shape[-1]:
@@ -281,7 +282,7 @@ def _kinds(config):
     return {config["key_padding_mask"], config["attn_mask"]}
 
 
-def _arguments(arrays):
+def arguments_of(arrays):
     """Returns the arguments of a call, where one array may stand for several."""
     key = arrays.get("key", arrays["query"])
     masks = {n: arrays.get(n) for n in ("key_padding_mask", "attn_mask")}
@@ -300,7 +301,7 @@ def _batch_first(config, x, *, back=False):
     return x if config["batch_first"] else x.swapaxes(0, 1)
 
 
-def _result_dtype(config):
+def result_dtype(config):
     if config["compute"]:
         return jnp.dtype(config["compute"])
     params = (

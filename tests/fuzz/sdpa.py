@@ -36,6 +36,7 @@ OPTIONS = {
     "dropout": [0.0, 0.0, 0.0, 0.3, 1.0],
     "dead_row": [False, False, True],
 }
+SAME = 4
 VALUES = ("dead_row",)
 FEW_SHAPES = dict(tgt_len=3, src_len=7, head_dim=2, value_dim=3, leading=(2, 4))
 

@@ -6,13 +6,13 @@ import pytest
 
 from tests.fuzz import definition, layer
 from tests.fuzz.comparing import Mismatch
-from tests.fuzz.drawing import SAME, drawn, simplest
+from tests.fuzz.drawing import drawn, simplest
 
 SEED, COUNT = 1, 12
 drawn_layer = functools.partial(drawn, layer, SEED)
 
 
-@pytest.mark.parametrize("n", [n * SAME for n in range(COUNT)])
+@pytest.mark.parametrize("n", [n * layer.SAME for n in range(COUNT)])
 def test_a_layer_is_what_it_is_by_definition(n):
     layer.check(drawn_layer(n))
 

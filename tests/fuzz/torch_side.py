@@ -13,8 +13,12 @@ def is_installed():
     return importlib.util.find_spec("torch") is not None
 
 
-def can_run(config):
-    """Whether PyTorch is there, and takes such a call of the layer."""
+def can_run(config, *, wants_mask=True):
+    """Whether PyTorch is there, and takes such a call of the layer.
+
+    Args:
+        wants_mask: Whether it is told is_causal, which it wants an attn_mask beside.
+    """
     has_float_masks = config["key_padding_mask"] and config["attn_mask"]
     is_narrow = (config["dtype"], config["mask_dtype"]) != ("float64", "same")
     is_empty = 0 in (config["batch"], config["tgt_len"], config["src_len"])
@@ -22,8 +26,7 @@ def can_run(config):
         is_installed()
         # It draws dropout otherwise.
         and (config["dropout"] == 0 or config["deterministic"])
-        # It wants an attn_mask beside.
-        and not (config["is_causal"] and config["attn_mask"] is None)
+        and not (config["is_causal"] and config["attn_mask"] is None and wants_mask)
         # Their sum would overflow in narrower dtypes alone.
         and not (config["lowest"] and has_float_masks and is_narrow)
         # It cannot reshape masks without elements.
