@@ -313,7 +313,7 @@ def result_dtype(config):
 # --- Ours: what is called, with its parameters to and from PyTorch's; dropout's seeds -
 
 
-def _constructor(config):
+def constructor(config):
     options = pick(config, *CONSTRUCTOR, "batch_first", "implementation")
     return (
         config["num_heads"] * config["head_dim"],
@@ -321,7 +321,7 @@ def _constructor(config):
     ), options | dict(dtype=config["compute"], deterministic=config["deterministic"])
 
 
-def _converters(config):
+def converters(config):
     to_ours = functools.partial(params_from_state_dict, num_heads=config["num_heads"])
     return to_ours, state_dict_from_params
 
@@ -341,18 +341,18 @@ def _linen_seed(key):
 
 
 def _linen(config):
-    args, options = _constructor(config)
+    args, options = constructor(config)
     module = MultiheadAttention(*args, **options)
 
     def call(arguments, params, key):
         options = pick(config, *CALL) | dict(rngs={"dropout": key})
         return module.apply({"params": params}, **arguments, **options)
 
-    return call, *_converters(config)
+    return call, *converters(config)
 
 
 @functools.lru_cache(maxsize=1000)
-def _nnx_parts(args, options):
+def nnx_parts(args, options):
     abstract = nnx.eval_shape(
         lambda: flax_mha.nnx.MultiheadAttention(
             *args, **dict(options), rngs=nnx.Rngs(0), keep_rngs=False
@@ -362,22 +362,22 @@ def _nnx_parts(args, options):
 
 
 def _nnx(config):
-    args, options = _constructor(config)
-    graph, state = _nnx_parts(args, tuple(options.items()))
+    args, options = constructor(config)
+    graph, state = nnx_parts(args, tuple(options.items()))
 
     def call(arguments, params, key):
         nnx.replace_by_pure_dict(state, params)
         mha = nnx.merge(graph, state)
         return mha(**arguments, **pick(config, *CALL), rngs=key)
 
-    return call, *_converters(config)
+    return call, *converters(config)
 
 
 def _functional(config):
     embed = config["num_heads"] * config["head_dim"]
     names = ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 
-    def call(arguments, params, key):
+    def call(arguments, params, key, **flags):
         separate = {n: x for n, x in params.items() if n.endswith("_proj_weight")}
         return functional.multi_head_attention_forward(
             **arguments,
@@ -393,7 +393,7 @@ def _functional(config):
             training=not config["deterministic"],
             dropout_rng=key,
             implementation=config["implementation"],
-            **pick(config, *CALL),
+            **pick(config, *CALL) | flags,
         )
 
     return call, dict, dict
