@@ -73,7 +73,7 @@ def _drop(probs: Weights, dropout: Dropout | None) -> Weights:
 def _average(
     probs: Weights, value: ValueHeads, dtype: DType, precision: Precision
 ) -> OutHeads:
-    # With its heads first: XLA's CPU compiler has no product in bfloat16 that transposes.
+    # Heads first: XLA's CPU compiler lacks some products in bfloat16 that transpose.
     out = jnp.einsum(
         "bhqk,bkhd->bhqd",
         probs.astype(value.dtype),
