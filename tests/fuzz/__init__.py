@@ -6,4 +6,4 @@
 is another module, and its name in `PARTS`.
 """
 
-PARTS = ("layer", "sdpa", "ragged", "decoding", "meshes")
+PARTS = ("layer", "sdpa", "ragged", "decoding", "array", "meshes")

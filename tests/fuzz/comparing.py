@@ -85,7 +85,8 @@ def against_definition(define, leaves, shared, ours, tolerance):
     same(ours.results, of_all_sets(exact), tolerance)
     if ours.tangents:
         tangents = definition.derivative(of_all_sets, exact, ours.directions)
-        same(ours.tangents, tangents, tolerance * 10)
+        largest = max(_magnitude(x) for x in tangents.values())
+        same(ours.tangents, tangents, tolerance * 10, least=largest / 100)
     slopes = {}
     for name in ours.gradients:
         one = {name: ours.directions[name]}

@@ -63,7 +63,8 @@ def settle(config):
 def check(config):
     """Raises `Mismatch` if a step is not what the definition says."""
     config = config | FIXED
-    config["separate"] = bool(config["kdim"] or config["vdim"])
+    is_functional = config["api"] == "functional"
+    config["separate"] = bool(is_functional and (config["kdim"] or config["vdim"]))
     rng = generator(config)
     params = layer.draw_params(config, rng)
     step, convert = program(tuple((n, config[n]) for n in (*OPTIONS, *FIXED)))
