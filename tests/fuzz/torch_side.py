@@ -48,7 +48,7 @@ def results(call, params, arrays, ours):
     for s in range(2):
         one = {n: x if x.dtype == bool else x[s] for n, x in arrays.items()}
         cotangents = {n: x[s] for n, x in ours.cotangents.items()}
-        sets.append(_of_one_set(call, params, one, cotangents, True))
+        sets.append(_of_one_set(call, params, one, cotangents, bool(ours.gradients)))
     shared = {f"d_{name}" for name in params}
     return {
         name: sum(one[name] for one in sets)
