@@ -83,7 +83,7 @@ def block_sizes(
     block_heads = _largest_divisor(heads, budget)
     block_batch = 1
     if isinstance(batch, int):  # not symbolic
-        block_batch = _largest_divisor(batch, budget // heads)
+        block_batch = _largest_divisor(batch, budget // max(heads, 1))
     return BlockSizes(block_batch, block_heads, rows, columns)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from flax_mha._typing import Array, DType, Precision, accumulation_dtype
 
@@ -65,7 +66,9 @@ def absorb(
         running: None where no keys come before. It computes less than `Running.start`.
         drop: Returns each of its arguments after dropout.
     """
-    maximum = jnp.max(logits, -1, keepdims=True)
+    # It changes no result. Its derivative would look for the largest logit, which XLA may
+    # have computed again, with other rounding: 0 / 0 where none is found.
+    maximum = jnp.max(lax.stop_gradient(logits), -1, keepdims=True)
     if running is not None:
         maximum = jnp.maximum(running.maximum, maximum)
     # As long as a row is allowed nothing, subtract 0: -inf - (-inf) is NaN.

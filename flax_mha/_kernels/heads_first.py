@@ -62,7 +62,8 @@ def forward(
         running = lax.cond(is_full, work.at_once, lambda: work.by_blocks(held))
     else:
         running = work.by_blocks(held)
-    running, lse = running.finish(dead_is_zero=weights is None)
+    is_empty = isinstance(src_len, int) and src_len == 0 and call.extra is None
+    running, lse = running.finish(dead_is_zero=weights is None or is_empty)
     out = running.out.swapaxes(1, 2).astype(call.query.dtype)
     return out, lse, work.weights(weights, lse)
 
