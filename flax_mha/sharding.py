@@ -10,6 +10,7 @@ is the axis along which fully sharded parameters are cut, to be gathered before 
 used, and for that it should have one name.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,11 @@ import jax
 from flax import nnx
 from flax.core import meta
 
-from flax_mha import _mesh
+from flax_mha import _length, _mesh
+from flax_mha._checks import arguments
 from flax_mha._params import map_with_specs
 
-__all__ = ["RULES", "Rules", "logical_axes", "param_shardings"]
+__all__ = ["RULES", "Rules", "length_by", "logical_axes", "param_shardings"]
 
 Rules = _mesh.Rules
 
@@ -82,6 +84,33 @@ def param_shardings(params: Any, mesh: Any, rules: Rules = RULES) -> Any:
         return jax.sharding.NamedSharding(mesh, _mesh.partition_spec(spec))
 
     return _map(params, sharding)
+
+
+def length_by(way: str | None) -> contextlib.AbstractContextManager[None]:
+    """Names the way in which calls inside attend a length that is divided.
+
+    >>> import flax_mha
+    >>> with flax_mha.sharding.length_by("ring"):
+    ...     pass  # the training loop
+
+    `jax.jit` compares it: a jitted function is traced again under another.
+
+    Args:
+        way: "ulysses": devices exchange heads for length, and each attends some heads;
+            the heads must divide. "all_gather": each attends its own queries, with all
+            keys and values. "ring": these travel from device to device, each of which
+            holds a part; not for attention weights. None, as outside: the first that can
+            be of "ulysses", "all_gather" and "ring"; of the last two "ring" where a
+            device would gather more than 256 MiB.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: It is not one of these; and from calls for which it cannot be.
+    """
+    arguments.one_of("way", way, _length.WAYS)
+    return _length.named(way)
 
 
 def _map(params: Any, function: Callable[[tuple, Any], Any]) -> Any:

@@ -9,9 +9,11 @@ KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged"]
 KERNELS += ["reference", "splash"]
 LAYERS = [
     ["_typing", "_mesh", "_lazy"],
+    ["_runs"],
     ["_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
     ["_call", "_initializers", "training", "sharding"],
+    ["_length"],
     ["_place"],
     ["_checks.layer", "_checks.functional", "_checks.cache", "_checks"],
     ["_ragged.checks"],
@@ -27,7 +29,7 @@ LAYERS = [
     ["_plan"],
     ["_layouts"],
     ["_cache"],
-    ["_heads_first"],
+    ["_heads_first", "_ring"],
     ["_dispatch", "_explain"],
     ["_sequences"],
     ["_cached_sequences"],

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flax_mha._dropout import Dropout, Part
+from flax_mha._runs import Runs
 from flax_mha._typing import Array
 
 _VMEM = 48 * 2**20  # bytes; all generations from v5e on have them
@@ -34,6 +35,10 @@ class Setting:
     covered: int | None  # a causal mask's columns; None: not causal
     skips: bool  # some chunk may be hidden from a whole block
     rate: float | None  # of dropout
+    # What counts rows or columns by the `Runs` in `Shared.numbers`.
+    mask_rows: bool
+    drop_rows: bool
+    drop_columns: bool
     precision: Any
     interpret: bool
 
@@ -50,7 +55,9 @@ class Shared(NamedTuple):
     """What forward and backward pass read alike."""
 
     visible: Array  # (batch, chunks) int32: whether any key of a chunk may be seen
-    dropout: Array  # (5,) int32: two seeds, first sequence, first head, heads
+    # (12,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of rows,
+    # and how many there are in all; the `Runs` of columns.
+    numbers: Array
     query: Array  # (batch, heads, head_dim, tgt), scaled; whole blocks
     key: Array  # (batch, heads, src, head_dim); whole chunks
     value: Array  # (batch, heads, value_dim, src) forward, (..., src, value_dim) back
@@ -146,7 +153,7 @@ class _Tile:
     setting: Setting
     place: tuple[Any, Any, Any]  # sequence, head, block of rows
     visible: Any
-    seeds: Any
+    numbers: Any
     query: Any
     key: Any
     value: Any
@@ -188,12 +195,17 @@ class _Tile:
         if setting.rate is None:
             return probs[0] if len(probs) == 1 else probs
         b, h, i = self.place
-        seeds: Any = [self.seeds[n].astype(jnp.uint32) for n in range(2)]
-        part = Part(*(self.seeds[n] for n in range(2, 5)))
+        seeds: Any = [self.numbers[n].astype(jnp.uint32) for n in range(2)]
+        part = Part(
+            *(self.numbers[n] for n in range(2, 5)),
+            rows=self._runs(5) if setting.drop_rows else None,
+            tgt_len=self.numbers[8],
+            columns=self._runs(9) if setting.drop_columns else None,
+        )
         dropout = Dropout(seeds, setting.rate, part)
         tgt_len = setting.logits[2]
         rows = dropout.rows(b, h, self._row(i), num_heads=None, tgt_len=tgt_len)
-        column = self._column(n).astype(jnp.uint32)
+        column = dropout.columns(self._column(n))
         factors = dropout.factors_at(rows, column, jnp.float32)
         dropped = tuple(x * factors for x in probs)
         return dropped[0] if len(dropped) == 1 else dropped
@@ -201,6 +213,13 @@ class _Tile:
     def _row(self, i: Any) -> Array:
         shape = 1, self.setting.rows
         return lax.broadcasted_iota(jnp.int32, shape, 1) + i * self.setting.rows
+
+    def _masked_row(self, row: Array) -> Array:
+        """Returns the number of a row that a causal mask is about."""
+        return self._runs(5).number(row) if self.setting.mask_rows else row
+
+    def _runs(self, first: int) -> Runs:
+        return Runs(*(self.numbers[first + n] for n in range(3)))
 
     def _column(self, n: int) -> Array:
         shape = self.setting.columns, self.setting.rows
@@ -212,7 +231,7 @@ class _Tile:
         b, _, i = self.place
         seen = self.visible[b, n] > 0
         if setting.covered is not None and first + setting.columns <= setting.covered:
-            seen &= first <= i * setting.rows + setting.rows - 1
+            seen &= first <= self._masked_row(i * setting.rows + setting.rows - 1)
         return seen
 
     def _logits(self, n: int) -> Array:
@@ -230,6 +249,7 @@ class _Tile:
         first, src_len = n * setting.columns, setting.logits[3]
         if setting.covered is not None and first < setting.covered:
             row, column = self._row(self.place[2]), self._column(n)
+            row = self._masked_row(row)
             allowed = (column <= row) | (column >= setting.covered)
             logits = jnp.where(allowed, logits, -jnp.inf)
         if first + setting.columns > src_len:
@@ -240,11 +260,11 @@ class _Tile:
 def _tile(setting: Setting, shared: Shared, refs: tuple) -> tuple[_Tile, list[Any]]:
     """Returns the step's tile, and the references that are not of `Shared`."""
     count = len(shared.bias), len(shared.masks)
-    (visible, seeds, query, key, value), rest = refs[:5], list(refs[5:])
+    (visible, numbers, query, key, value), rest = refs[:5], list(refs[5:])
     bias, rest = rest[: count[0]], rest[count[0] :]
     masks, rest = rest[: count[1]], rest[count[1] :]
     place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    return _Tile(setting, place, visible, seeds, query, key, value, bias, masks), rest
+    return _Tile(setting, place, visible, numbers, query, key, value, bias, masks), rest
 
 
 def _call(

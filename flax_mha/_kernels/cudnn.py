@@ -75,6 +75,8 @@ def unsupported(call: Call) -> str | None:
         return f"an axis is empty: query {query.shape}, key {key.shape}"
     if call.dropout is not None:
         return "cuDNN does not drop the same probabilities as the other kernels"
+    if mask.rows is not None:
+        return "its causal mask begins at the first query"
     for x in mask.attn_bias:
         if x.dtype != query.dtype:
             return (

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._call import Call, Gradients
-from flax_mha._dropout import Dropout
 from flax_mha._kernels._blocks import few_logits
 from flax_mha._kernels._softmax import delta_of
 from flax_mha._masks import Mask
@@ -151,12 +150,13 @@ def _work(
         covered=src_len - mask.open_columns if mask.is_causal else None,
         skips=skips,
         rate=None if dropout is None else dropout.rate,
+        **_divided(call),
         precision=_precision(precision),
         interpret=interpret,
     )
     return setting, Shared(
         visible,
-        jnp.zeros(5, jnp.int32) if dropout is None else _numbers(dropout, call),
+        _numbers(call),
         _rows_last((query.astype(scale.dtype) * scale).astype(query.dtype), tgt),
         _pad(key.swapaxes(1, 2), 2, src),
         _rows_last(value, src) if is_forward else _pad(value.swapaxes(1, 2), 2, src),
@@ -219,13 +219,29 @@ def _copied(call: Call) -> int:
     return sum(sizes)
 
 
-def _numbers(dropout: Dropout, call: Call) -> Array:
-    """Returns what `Dropout` holds, as integers."""
-    seeds = lax.bitcast_convert_type(dropout.seed, jnp.int32)
-    part: Any = dropout.part or (0, 0, call.logits[1])
-    return jnp.concatenate(
-        [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in part])]
+def _divided(call: Call) -> dict[str, bool]:
+    """Returns for what rows and columns are counted among those of all devices."""
+    part = None if call.dropout is None else call.dropout.part
+    return dict(
+        mask_rows=call.mask.rows is not None,
+        drop_rows=part is not None and part.rows is not None,
+        drop_columns=part is not None and part.columns is not None,
     )
+
+
+def _numbers(call: Call) -> Array:
+    """Returns the numbers of `_mosaic_calls.Shared`."""
+    dropout, none = call.dropout, (0, 0, 0)
+    part = None if dropout is None else dropout.part
+    seeds = jnp.zeros(2, jnp.int32)
+    if dropout is not None:
+        seeds = lax.bitcast_convert_type(dropout.seed, jnp.int32)
+    first: Any = (0, 0, call.logits[1]) if part is None else part[:3]
+    rows, tgt_len, columns = call.mask.rows, call.logits[2], none
+    if part is not None and part.rows is not None:
+        rows, tgt_len, columns = part.rows, part.tgt_len, part.columns or none
+    rest = *first, *(rows or none), tgt_len, *columns
+    return jnp.concatenate([seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in rest])])
 
 
 def _rows_last(x: Array, length: int) -> Array:

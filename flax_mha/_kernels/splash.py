@@ -52,6 +52,8 @@ def unsupported(call: Call) -> str | None:
         return "it has no dropout"
     if mask.attn_bias:
         return "it takes no floating point mask"
+    if mask.rows is not None:
+        return "its causal mask begins at the first query"
     if any(x.shape[1:3] != (1, 1) for x in (*mask.allowed, *mask.blocked)):
         return "it takes no attn_mask but is_causal"
     if head_dim > 256 or value.shape[3] != head_dim:
