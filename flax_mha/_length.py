@@ -15,8 +15,7 @@ back: of 2 * devices parts, n and 2 * devices - 1 - n.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from flax_mha._call import Call
-from flax_mha._mesh import Axes
+from flax_mha._mesh import Axes, permuted
 from flax_mha._runs import Runs
 from flax_mha._typing import Array
 
@@ -138,14 +137,16 @@ class Length(NamedTuple):
     def _mirror(self, x: Array) -> Array:
         """Exchanges halves: of those in a row, even ones go one way, and odd ones."""
         even, odd = jnp.split(x, 2, 1)
-        even = lax.ppermute(even, self.axes, self._moves(0))
-        odd = lax.ppermute(odd, self.axes, self._moves(1))
+        even = permuted(even, self.axes, self._moves(0))
+        odd = permuted(odd, self.axes, self._moves(1))
         return self._turned(even, odd, 1)
 
     def _unmirror(self, x: Array, axis: int) -> Array:
         even, odd = jnp.split(self._turned(*jnp.split(x, 2, axis), axis), 2, axis)
-        back = [[move[::-1] for move in self._moves(n)] for n in range(2)]
-        halves = [lax.ppermute(x, self.axes, b) for x, b in zip((even, odd), back)]
+        halves = [
+            permuted(x, self.axes, [move[::-1] for move in self._moves(n)])
+            for n, x in enumerate((even, odd))
+        ]
         return jnp.concatenate(halves, axis)
 
     def _moves(self, first: int) -> list[tuple[int, int]]:

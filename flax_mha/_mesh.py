@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax.core import spmd
 from jax import lax
 
@@ -28,6 +29,22 @@ def varying(tree: Any, axes: frozenset[str]) -> Any:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def permuted(x: jax.Array, axes: Axes, moves: Sequence[tuple[int, int]]) -> jax.Array:
+    """Returns what each device is sent, inside `jax.shard_map`.
+
+    Args:
+        moves: From one device to another, in the order of `lax.axis_index(axes)`.
+    """
+    # `lax.ppermute` counts in the order of the mesh, whatever that of the axes is.
+    names = jax.sharding.get_abstract_mesh().axis_names
+    ordered = tuple(axis for axis in names if axis in axes)
+    numbers = np.arange(lax.axis_size(axes)).reshape([lax.axis_size(a) for a in axes])
+    numbers = numbers.transpose([axes.index(axis) for axis in ordered]).ravel()
+    place = np.argsort(numbers).tolist()
+    moves = [(place[source], place[target]) for source, target in moves]
+    return lax.ppermute(x, ordered, moves)
 
 
 def mesh_of(x: Any) -> Any:
@@ -121,10 +138,11 @@ def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
         return x
 
     def entry(name, size):
-        is_free = not isinstance(name, str) or (
-            name == "length" and not _ruled(name, mesh)
-        )
-        return name if is_free else _entry(by_rules(name, size, mesh)[0])
+        if not isinstance(name, str):
+            return name
+        if name == "length" and not _ruled(name, mesh):
+            return jax.P.UNCONSTRAINED
+        return _entry(by_rules(name, size, mesh)[0])
 
     spec = list(map(entry, names, x.shape))
     place: Any = jax.P(*spec)

@@ -151,7 +151,7 @@ class Place(NamedTuple):
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def _axes(self, *, attended: bool) -> dict[str, _mesh.Axes]:
-        """Returns how axes are divided of what is attended, or of what comes and goes."""
+        """Returns how axes are divided of what is attended, or else of what comes."""
         axes, length = dict(batch=self.batch, heads=self.heads), self.length
         if length is None:
             return axes
@@ -162,7 +162,11 @@ class Place(NamedTuple):
         return axes | dict(tgt=length.axes)
 
     def _spec(
-        self, names: Sequence[str | None], shape: Sequence[int], *, attended: bool = True
+        self,
+        names: Sequence[str | None],
+        shape: Sequence[int],
+        *,
+        attended: bool = True,
     ) -> jax.P:
         """Returns how an array is divided whose first axes have these names."""
         divided = self._axes(attended=attended)

@@ -19,7 +19,7 @@ from flax_mha._call import Call, Gradients
 from flax_mha._kernels._blocks import add_at, update_at
 from flax_mha._layouts import Padded, split_extra
 from flax_mha._lowering import Target
-from flax_mha._mesh import varying, varying_axes
+from flax_mha._mesh import permuted, varying, varying_axes
 from flax_mha._plan import Plan
 from flax_mha._runs import Runs
 from flax_mha._typing import Array
@@ -215,7 +215,7 @@ class Ring(Padded):
     def _turned(self, tree: Any) -> Any:
         """Returns what the device before has."""
         moves = [(n, (n + 1) % self.size) for n in range(self.size)]
-        return jax.tree.map(lambda x: lax.ppermute(x, self.axes, moves), tree)
+        return jax.tree.map(lambda x: permuted(x, self.axes, moves), tree)
 
 
 def _merged(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Any, Any]:

@@ -97,10 +97,10 @@ def length_by(way: str | None) -> contextlib.AbstractContextManager[None]:
 
     Args:
         way: "ulysses": devices exchange heads for length, and each attends some heads;
-            the heads must divide. "all_gather": each attends its own queries, with all
-            keys and values. "ring": these travel from device to device, each of which
-            holds a part; not for attention weights. None, as outside: the first that can
-            be of "ulysses", "all_gather" and "ring"; of the last two "ring" where a
+            the heads of a device must divide. "all_gather": each attends its own
+            queries, with all keys and values. "ring": these travel from device to
+            device, each of which holds a part of them; not for attention weights. None,
+            as outside: "ulysses" where it can be, else "all_gather", or "ring" where a
             device would gather more than 256 MiB.
 
     Returns:

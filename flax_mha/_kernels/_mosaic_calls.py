@@ -55,8 +55,8 @@ class Shared(NamedTuple):
     """What forward and backward pass read alike."""
 
     visible: Array  # (batch, chunks) int32: whether any key of a chunk may be seen
-    # (12,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of rows,
-    # and how many there are in all; the `Runs` of columns.
+    # (12,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of
+    # rows, and how many rows there are in all; the `Runs` of columns.
     numbers: Array
     query: Array  # (batch, heads, head_dim, tgt), scaled; whole blocks
     key: Array  # (batch, heads, src, head_dim); whole chunks

@@ -241,7 +241,9 @@ def _numbers(call: Call) -> Array:
     if part is not None and part.rows is not None:
         rows, tgt_len, columns = part.rows, part.tgt_len, part.columns or none
     rest = *first, *(rows or none), tgt_len, *columns
-    return jnp.concatenate([seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in rest])])
+    return jnp.concatenate(
+        [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in rest])]
+    )
 
 
 def _rows_last(x: Array, length: int) -> Array:
