@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._call import Call, Gradients
+from flax_mha._dropout import Part
 from flax_mha._kernels._blocks import few_logits
 from flax_mha._kernels._softmax import delta_of
 from flax_mha._masks import Mask
@@ -231,19 +232,16 @@ def _divided(call: Call) -> dict[str, bool]:
 
 def _numbers(call: Call) -> Array:
     """Returns the numbers of `_mosaic_calls.Shared`."""
-    dropout, none = call.dropout, (0, 0, 0)
-    part = None if dropout is None else dropout.part
-    seeds = jnp.zeros(2, jnp.int32)
-    if dropout is not None:
-        seeds = lax.bitcast_convert_type(dropout.seed, jnp.int32)
-    first: Any = (0, 0, call.logits[1]) if part is None else part[:3]
-    rows, tgt_len, columns = call.mask.rows, call.logits[2], none
-    if part is not None and part.rows is not None:
-        rows, tgt_len, columns = part.rows, part.tgt_len, part.columns or none
-    rest = *first, *(rows or none), tgt_len, *columns
-    return jnp.concatenate(
-        [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in rest])]
-    )
+    heads, zero = call.logits[1], (0, 0, 0)
+    seeds, part = jnp.zeros(2, jnp.int32), Part(0, 0, heads)
+    if call.dropout is not None:
+        seeds = lax.bitcast_convert_type(call.dropout.seed, jnp.int32)
+        part = call.dropout.part or part
+    rows = part.rows or call.mask.rows or zero
+    tgt_len = call.logits[2] if part.tgt_len is None else part.tgt_len
+    numbers: Any = *part[:3], *rows, tgt_len, *(part.columns or zero)
+    numbers = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
+    return jnp.concatenate([seeds, numbers])
 
 
 def _rows_last(x: Array, length: int) -> Array:
