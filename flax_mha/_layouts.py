@@ -101,8 +101,8 @@ class Ragged(Places):
     """The elements of `RaggedArray`s, end to end: (1, capacity, heads, dim)."""
 
     is_ragged: ClassVar[bool] = True
-    rows: ClassVar = (None, None, "heads", None)
-    columns: ClassVar = rows
+    rows: ClassVar = (None, "tgt", "heads", None)
+    columns: ClassVar = (None, "src", "heads", None)
     own: ClassVar = ()
 
     @classmethod

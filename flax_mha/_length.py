@@ -43,7 +43,7 @@ class Length(NamedTuple):
     axes: Axes
     parts: int
     way: str
-    has_queries: bool  # queries are divided, not keys alone
+    has_queries: bool  # queries come divided
     has_keys: bool
     mirrored: bool
 
@@ -54,15 +54,18 @@ class Length(NamedTuple):
         parts: int,
         call: Call,
         *,
+        has_queries: bool,
+        has_keys: bool,
         heads: int,
         devices: int,
         no_rows: str | None,
         no_ring: str | None,
-    ) -> "Length | None":
-        """Returns the way that was named, or the best; None if there is none.
+    ) -> "Length | str":
+        """Returns the way that was named, or the best; or why there is none, in words.
 
         Args:
-            axes: They divide queries or keys among `parts` devices.
+            axes: They divide the length among `parts` devices.
+            has_queries, has_keys: What of it they divide already.
             heads: Of one device.
             devices: How many divide the sequences and heads.
             no_rows: Why devices cannot attend queries of their own, in words.
@@ -72,14 +75,13 @@ class Length(NamedTuple):
             ValueError: The way that was named cannot be.
         """
         _, _, tgt_len, src_len = call.logits
-        has_queries, has_keys = tgt_len % parts == 0, src_len % parts == 0
         mirrored = _can_be_mirrored(call, parts)
         no_ulysses = None
         if heads % parts:
             no_ulysses = f"{heads} heads of a device are not for {parts} devices"
-        if not has_queries:
+        if tgt_len % parts:
             no_rows = no_rows or f"{tgt_len} queries are not for {parts} devices"
-        if not has_keys:
+        if src_len % parts:
             no_ring = no_ring or f"{src_len} keys are not for {parts} devices"
         if call.mask.is_causal and not (mirrored and tgt_len == src_len):
             no_ring = no_ring or (
@@ -89,7 +91,9 @@ class Length(NamedTuple):
         why_not = dict(ulysses=no_ulysses, all_gather=no_rows, ring=no_rows or no_ring)
         way = _way(why_not, _bytes_of_keys(call) // devices)
         if way is None:
-            return None
+            return f"{no_ulysses}, and {no_rows}"
+        has_queries = way != "ulysses" or (has_queries and tgt_len % parts == 0)
+        has_keys = way == "ring" or (has_keys and src_len % parts == 0)
         mirrored &= way != "ulysses"
         return cls(axes, parts, way, has_queries, has_keys, mirrored)
 
@@ -142,9 +146,10 @@ class Length(NamedTuple):
         return self._turned(even, odd, 1)
 
     def _unmirror(self, x: Array, axis: int) -> Array:
-        even, odd = jnp.split(self._turned(*jnp.split(x, 2, axis), axis), 2, axis)
+        front, back = jnp.split(x, 2, axis)
+        even, odd = jnp.split(self._turned(front, back, axis), 2, axis)
         halves = [
-            permuted(x, self.axes, [move[::-1] for move in self._moves(n)])
+            permuted(x, self.axes, [(to, at) for at, to in self._moves(n)])
             for n, x in enumerate((even, odd))
         ]
         return jnp.concatenate(halves, axis)

@@ -53,23 +53,7 @@ class Place(NamedTuple):
         if mesh is None or _mesh.is_mapped_over():
             return None
         found = _explicit_axes(layout, call)
-        divided = {_WORDS[name]: axes for name, axes in found.items() if axes}
-        if mesh.manual_axes:  # `jax.shard_map` in another: JAX cannot differentiate it
-            if divided:
-                raise ValueError(
-                    f"explicit mesh axes divide the call, {divided}, inside a "
-                    f"jax.shard_map over {mesh.manual_axes} only: leave its axis_names "
-                    "out, so that it is over all axes, or call the layer outside of it."
-                )
-            return None
-        if not all(isinstance(size, int) for size in call.logits):
-            # Exported with `jax.shard_map` inside, it could not be called.
-            if divided:
-                raise ValueError(
-                    "all sizes must be known where explicit mesh axes divide the call, "
-                    f"{divided}; got {call.logits} (batch, heads, tgt, src): export it "
-                    "without a mesh."
-                )
+        if not _can_be_divided(mesh, found, call):
             return None
         ruled, left_out = _mesh.ruled_axes(mesh), []
         if not mesh.explicit_axes and not ruled:
@@ -80,15 +64,16 @@ class Place(NamedTuple):
                 found[name] += axes
                 left_out += [why_not] if why_not else []
         left = tuple(axis for axis in mesh.auto_axes if axis not in ruled)
-        batch, heads, tgt, src = found.values()
-        length = tuple(axis for axis in tgt or src if axis not in (*batch, *heads))
-        place = cls(mesh, batch, heads, None, left, tuple(left_out))
-        if not length:
-            return place
-        return place._with_length(length, layout, call, weights, implementation)
+        place = cls(mesh, found["batch"], found["heads"], None, left, tuple(left_out))
+        return place._with_length(found, layout, call, weights, implementation)
 
-    def _with_length(self, axes, layout, call, weights, implementation) -> "Place":
-        """Returns the place with these axes dividing the length, if they can."""
+    def _with_length(self, found, layout, call, weights, implementation) -> "Place":
+        """Returns the place with the axes that divide the length, if any do."""
+        taken = *self.batch, *self.heads
+        both = found["tgt"] or found["src"]
+        axes = tuple(axis for axis in both if axis not in taken)
+        if not axes:
+            return self
         no_rows, no_ring = None, None
         if layout.is_ragged:
             no_rows = "the tokens of RaggedArrays are one axis for all elements"
@@ -100,14 +85,21 @@ class Place(NamedTuple):
             axes,
             self.parts(axes),
             call,
+            has_queries=bool(found["tgt"]),
+            has_keys=bool(found["src"]),
             heads=call.logits[1] // self.parts(self.heads),
             devices=self.parts(self.batch + self.heads),
             no_rows=no_rows,
             no_ring=no_ring,
         )
-        if length is not None:
+        if isinstance(length, Length):
             return self._replace(length=length)
-        why = f"nothing divides {call.logits} (batch, heads, tgt, src) over {axes}"
+        if set(axes).intersection(_mesh.explicit_spec(call.query)[1]):
+            raise ValueError(
+                f"explicit mesh axes {axes} divide the length, and cannot: {length}. "
+                "Use jax.sharding.reshard before."
+            )
+        why = f"length over mesh axes {axes}: {length}"
         return self._replace(left_out=(*self.left_out, why))
 
     def attend(
@@ -252,6 +244,29 @@ def _explicit_axes(layout: Any, call: Call) -> dict[str, _mesh.Axes]:
             if axes:
                 found[name] = found[name] or axes
     return found
+
+
+def _can_be_divided(mesh: Any, found: dict[str, _mesh.Axes], call: Call) -> bool:
+    """Whether `jax.shard_map` can be here; raises where types need it."""
+    divided = {_WORDS[name]: axes for name, axes in found.items() if axes}
+    if mesh.manual_axes:  # it is in another already: JAX cannot differentiate that
+        if divided:
+            raise ValueError(
+                f"explicit mesh axes divide the call, {divided}, inside a "
+                f"jax.shard_map over {mesh.manual_axes} only: leave its axis_names "
+                "out, so that it is over all axes, or call the layer outside of it."
+            )
+        return False
+    if not all(isinstance(size, int) for size in call.logits):
+        # Exported with it inside, a program could not be called.
+        if divided:
+            raise ValueError(
+                "all sizes must be known where explicit mesh axes divide the call, "
+                f"{divided}; got {call.logits} (batch, heads, tgt, src): export it "
+                "without a mesh."
+            )
+        return False
+    return True
 
 
 def _indivisible(argument: str, spec: Any, names: Sequence[str | None]) -> str:

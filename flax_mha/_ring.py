@@ -69,6 +69,7 @@ class Ring(Padded):
             part, lse, _ = attend(part)
             out, terms = staying
             first = at.queries * rows
+            assert lse is not None  # a kernel's
             before = _part(out, first, rows, 1), _part(terms, first, rows, 2)
             part, lse = _merged(before, (part.astype(dtype), lse))
             out = update_at(out, part, (0, first, 0, 0))

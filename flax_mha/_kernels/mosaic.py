@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_mha._call import Call, Gradients
@@ -232,8 +233,8 @@ def _divided(call: Call) -> dict[str, bool]:
 
 def _numbers(call: Call) -> Array:
     """Returns the numbers of `_mosaic_calls.Shared`."""
-    heads, zero = call.logits[1], (0, 0, 0)
-    seeds, part = jnp.zeros(2, jnp.int32), Part(0, 0, heads)
+    seeds, zero = jnp.zeros(2, jnp.int32), (0, 0, 0)
+    part = Part(np.asarray(0), np.asarray(0), np.asarray(call.logits[1]))
     if call.dropout is not None:
         seeds = lax.bitcast_convert_type(call.dropout.seed, jnp.int32)
         part = call.dropout.part or part
