@@ -78,7 +78,9 @@ class Place(NamedTuple):
         if layout.is_ragged:
             no_rows = "the tokens of RaggedArrays are one axis for all elements"
         if weights is not None:
-            no_ring = "a row of attention weights, need_weights, is of all keys"
+            no_ring = (
+                "a row of attention weights is of all keys: say need_weights=False"
+            )
         if implementation == "reference":
             no_ring = "implementation='reference' keeps no sums of rows"
         length = Length.of(
@@ -114,9 +116,14 @@ class Place(NamedTuple):
         # What is quantized must not be kept for others.
         run = _attend_parts if is_quantized() else _compiled_parts
         out, weights = run(self, attend, options, *args)
-        spec = _mesh.explicit_spec(call.query)
-        if self.length is not None and spec[1] != _mesh.explicit_spec(out)[1]:
-            out = _mesh.resharded(out, spec, self.mesh)  # only keys had been divided
+        of_queries = _mesh.explicit_spec(call.query)[1]
+        if self.length is not None and not set(self.length.axes) & set(of_queries):
+            # Keys alone were divided by types: the result is whole, as queries are.
+            spec = [
+                tuple(axis for axis in axes if axis not in self.length.axes)
+                for axes in _mesh.explicit_spec(out)
+            ]
+            out = _mesh.resharded(out, spec, self.mesh)
         return out, weights
 
     def part(self, call: Call) -> Part:
