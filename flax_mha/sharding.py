@@ -1,9 +1,9 @@
 """Dividing parameters and calls over a mesh, by the names of axes: `docs/meshes.md`.
 
-Rules are Flax's: pairs of a name and the mesh axes that divide it. Names are "batch",
-of inputs and results; "heads", of all parameters but `out_proj.bias`, and of what is
-between the projections; "embed", of the weights' other axis and of `out_proj.bias`;
-"qkv" and "head_dim", which nothing should divide.
+Rules are Flax's: pairs of a name and the mesh axes that divide it. Names are "batch"
+and "length", of inputs and results; "heads", of all parameters but `out_proj.bias`, and
+of what is between the projections; "embed", of the weights' other axis and of
+`out_proj.bias`; "qkv" and "head_dim", which nothing should divide.
 
 "embed" is both what the in-projection sums over and what the out-projection makes. It
 is the axis along which fully sharded parameters are cut, to be gathered before they are
@@ -29,11 +29,12 @@ Rules = _mesh.Rules
 RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("heads", "tensor"),
+    ("length", "context"),
     ("embed", "fsdp"),
     ("qkv", None),
     ("head_dim", None),
 )
-"""For meshes whose axes are called "data", "fsdp" and "tensor", or some of these."""
+"""For meshes with axes called "data", "fsdp", "tensor", "context", or some of these."""
 
 
 def logical_axes(params: Any) -> Any:
