@@ -35,9 +35,11 @@ class Explanation:
         reasons: By platform: the platform's own kernels that were tried before, or the
             one that was named if it does not run, and why.
         is_ragged: The call is one of `RaggedArray`s.
-        divided: The mesh axes over which each device attends its own part, by "batch"
-            and "heads"; None if types and rules say nothing of a mesh. Then, and
-            over `left_to_xla`, XLA divides.
+        divided: The mesh axes over which each device attends its own part, by "batch",
+            "heads" and "length"; None if types and rules say nothing of a mesh. Then,
+            and over `left_to_xla`, XLA divides.
+        length_by: How a length that is divided is attended; see
+            `flax_mha.sharding.length_by`. `shape` is then what one kernel attends.
         left_to_xla: Auto mesh axes of which no rule speaks.
         left_out: What rules say of the call and cannot be, in words.
     """
@@ -49,6 +51,7 @@ class Explanation:
     reasons: dict[str, dict[str, str]]
     is_ragged: bool
     divided: dict[str, tuple[str, ...]] | None
+    length_by: str | None
     left_to_xla: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -62,6 +65,7 @@ class Explanation:
             parts = [
                 f"{name} over {axes}" for name, axes in self.divided.items() if axes
             ]
+            parts += [f"by {self.length_by}"] if self.length_by else []
             parts = ", ".join(parts) or "all of it"
             lines.append(f"  on each device of a mesh: {parts}")
         lines += [f"    not divided: {why}" for why in self.left_out]
@@ -138,7 +142,8 @@ def _explanation(plan: Plan) -> Explanation:
         kernels,
         reasons,
         plan.is_ragged,
-        divided=None if place is None else dict(batch=place.batch, heads=place.heads),
+        divided=None if place is None else place.divided,
+        length_by=place.length.way if place and place.length else None,
         left_to_xla=() if place is None else place.left_to_xla,
         left_out=() if place is None else place.left_out,
     )

@@ -66,8 +66,8 @@ def absorb(
         running: None where no keys come before. It computes less than `Running.start`.
         drop: Returns each of its arguments after dropout.
     """
-    # It changes no result. Its derivative would look for the largest logit, which XLA may
-    # have computed again, with other rounding: 0 / 0 where none is found.
+    # It changes no result. Its derivative would look for the largest logit, which XLA
+    # may have computed again, with other rounding: 0 / 0 where none is found.
     maximum = jnp.max(lax.stop_gradient(logits), -1, keepdims=True)
     if running is not None:
         maximum = jnp.maximum(running.maximum, maximum)
