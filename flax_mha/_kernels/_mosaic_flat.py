@@ -72,8 +72,9 @@ def backward(
         _lay_columns(d_out, d_out_ref)
         d_key[...], d_value[...] = jnp.zeros_like(d_key), jnp.zeros_like(d_value)
         for h, tile, logits in _heads(step, query, key, value):
-            of_head = (_of(h, x) for x in (lse_ref, delta_ref, d_key, d_value))
-            d_query[h] = pull_back(tile, d_out[0, h], *of_head, logits)
+            lse, delta = _of(h, lse_ref), _of(h, delta_ref)
+            d_keys = _of(h, d_key), _of(h, d_value)
+            d_query[h] = pull_back(tile, d_out[0, h], lse, delta, *d_keys, logits)
         lengths = tgt_len, src_len, src_len
         summed = d_query, d_key.at[0], d_value.at[0]
         for result, x, length in zip(results, summed, lengths, strict=True):

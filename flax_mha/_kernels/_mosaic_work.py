@@ -95,12 +95,15 @@ class Work(NamedTuple):
         self, masks: tuple[Array, ...], d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, ...]:
         """Returns those of float masks; see `Sizes.of_masks`."""
-        rows, found = self.laid(d_out, lse, delta), {}
-        for x in masks:
-            like = x.shape[:3]
-            if like not in found:
-                found[like] = _mosaic_masks.gradient(*self, like, *rows)
-        return tuple(_part_of(found[x.shape[:3]], x) for x in masks)
+        rows = self.laid(d_out, lse, delta)
+        shapes = dict.fromkeys(x.shape[:3] for x in masks)
+        totals = {
+            (batch, heads, tgt): _mosaic_masks.gradient(
+                *self, (batch, heads, tgt), *rows
+            )
+            for batch, heads, tgt in shapes
+        }
+        return tuple(_part_of(totals[x.shape[:3]], x) for x in masks)
 
     def heads_of(self, x: Array, length: int) -> Array:
         """Returns (batch, length, heads, dim) of what a kernel returned."""
