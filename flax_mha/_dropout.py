@@ -3,8 +3,10 @@
 Whether an element is kept depends on the rng and on the element's own position (batch,
 head, query, key) and on nothing else: not on the kernel, nor on how it cuts the work
 into blocks. So every kernel drops the same elements, the backward pass recomputes
-what the forward pass drew instead of storing it, and one element costs about ten
-integer operations that XLA fuses with the softmax.
+what the forward pass drew instead of storing it.
+
+A row has two random words, hashes of its number, and a column has one. An element costs
+an exclusive or of two words, one multiplication, and a comparison.
 """
 
 import dataclasses
@@ -18,7 +20,6 @@ from flax_mha._typing import Array, ArrayLike, DType
 
 # Chris Wellons' "lowbias32" integer hash: https://github.com/skeeto/hash-prospector
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
-_GOLDEN_RATIO = 0x9E3779B9  # 2**32 / phi, Weyl's increment
 
 
 def _mix(x: Array, between: Array | int = 0) -> Array:
@@ -86,19 +87,43 @@ class Dropout:
             columns: How many columns.
             first_column: Number of the first of them.
         """
-        shape = (*row.shape[:-1], columns)
-        column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+        shape = (1,) * (row.ndim - 1) + (columns,)
+        column = lax.broadcasted_iota(jnp.uint32, shape, row.ndim - 1)
         column = column + jnp.asarray(first_column, jnp.uint32)
-        return self.factors_at(row, column, dtype)
+        # Or XLA hashes a column again for each of its elements.
+        words = lax.optimization_barrier(self.column_words(column))
+        return jnp.where(self.keep(row, words), jnp.asarray(1 / self.kept, dtype), 0)
 
-    def factors_at(self, row: Array, column: Array, dtype: DType) -> Array:
-        """Returns `factors` of numbers of rows and columns, uint32, that broadcast."""
+    @property
+    def kept(self) -> float:
+        """The share of elements that stay; 1 where none do, as nothing is scaled."""
+        return 1 - self.rate if self.rate < 1 else 1.0
+
+    def keep(self, row: Array, column_words: Array) -> Array:
+        """Returns whether elements stay.
+
+        Args:
+            row: Numbers of rows, uint32.
+            column_words: What `column_words` returns; they broadcast.
+        """
         if self.rate >= 1:
-            return jnp.zeros(jnp.broadcast_shapes(row.shape, column.shape), dtype)
-        # Two seeds for each row, so that two rows share a pattern, even a shifted one,
-        # with chance 2**-64.
+            shape = jnp.broadcast_shapes(row.shape, column_words.shape)
+            return jnp.zeros(shape, bool)
+        # Two words for each row, so that two rows share a pattern with chance 2**-63.
         first = _mix(row ^ self.seed[0])
-        second = _mix(first + self.seed[1], self.seed[0])
-        bits = _mix(first + column * jnp.uint32(_GOLDEN_RATIO), second)
-        keep = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
-        return jnp.where(keep, jnp.asarray(1 / (1 - self.rate), dtype), 0)
+        second = _mix(first + self.seed[1], self.seed[0]) | 1
+        bits = (first ^ column_words) * second
+        # Signed, for TPUs have no comparison of others.
+        return bits.astype(jnp.int32) >= round(self.rate * 2**32) - 2**31
+
+    def column_words(self, column: Array) -> Array:
+        """Returns a word for each number of a column, uint32; no two are equal.
+
+        Two words that differ in their highest bits alone would make columns of which
+        one says what the other is. So the lower half is the number's own, and the upper
+        is random: a permutation of the number's upper half, another for each lower.
+        """
+        low = column & 0xFFFF
+        random = _mix(low ^ self.seed[1], self.seed[0])
+        high = random + (column >> 16) * (random >> 16 | 1)
+        return high << 16 | low

@@ -7,6 +7,7 @@ the logits of the next one are begun before the softmax of this one.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Setting:
     covered: int | None  # a causal mask's columns; None: not causal
     skips: bool  # some chunk may be hidden from a whole block
     rate: float | None  # of dropout
+    kept: float  # the share of elements that stay
     precision: Any
     interpret: bool
 
@@ -54,6 +56,7 @@ class Shared(NamedTuple):
     query: Array  # (batch, heads, head_dim, tgt), scaled; whole blocks
     key: Array  # (batch, heads, src, head_dim); whole chunks
     value: Array  # (batch, heads, value_dim, src) forward, (..., src, value_dim) back
+    words: tuple[Array, ...] = ()  # of dropout, for keys, (1, 1, src, 128): all equal
     bias: tuple[Array, ...] = ()  # at most one, (#batch, #heads, src, 1), added
     masks: tuple[Array, ...] = ()  # (#batch, #heads, tgt, src): added; int8: 0 hides
 
@@ -85,7 +88,8 @@ def forward(setting: Setting, shared: Shared) -> tuple[Array, Array, Array]:
             return new, total, out
 
         maximum, total, out = tile.over_chunks(absorb, carry)
-        out_ref[0, 0] = (out / jnp.where(total == 0, 1, total)).astype(out_ref.dtype)
+        divisor = jnp.where(total == 0, 1, total) * setting.kept
+        out_ref[0, 0] = (out / divisor).astype(out_ref.dtype)
         maximum_ref[0, 0], total_ref[0, 0] = maximum, total
 
     row = jax.ShapeDtypeStruct((batch, heads, 1, tgt), jnp.float32)
@@ -111,6 +115,10 @@ def backward(
         tile, (d_out_ref, lse_ref, delta_ref, *outs) = _tile(setting, shared, refs)
         d_query_ref, d_key_ref, d_value_ref = outs
         query, d_out, dtype = tile.query[0, 0], d_out_ref[0, 0], tile.query.dtype
+        # All of a row is scaled up for what dropout takes, rather than what it leaves.
+        shift, log_total = lse_ref[0, 0, 0:1], lse_ref[0, 0, 1:2]
+        log_total = log_total + math.log(setting.kept)
+        delta = delta_ref[0, 0] * setting.kept
 
         @pl.when(pl.program_id(2) == 0)
         def _():
@@ -119,10 +127,10 @@ def backward(
 
         def pull_back(n, logits, d_query):
             at = tile.at(n)
-            probs = jnp.exp(logits - lse_ref[0, 0, 0:1] - lse_ref[0, 0, 1:2])
+            probs = jnp.exp(logits - shift - log_total)
             d_probs = tile.dot(tile.value[0, 0, at], d_out, _NN)
             dropped, d_probs = tile.dropped(n, probs, d_probs)
-            d_logits = (probs * (d_probs - delta_ref[0, 0])).astype(dtype)
+            d_logits = (probs * (d_probs - delta)).astype(dtype)
             d_value_ref[0, 0, :, at] += tile.dot(d_out, dropped.astype(dtype), _NT)
             d_key_ref[0, 0, :, at] += tile.dot(query, d_logits, _NT)
             key = tile.key[0, 0, at]
@@ -150,6 +158,7 @@ class _Tile:
     query: Any
     key: Any
     value: Any
+    words: list[Any]
     bias: list[Any]
     masks: list[Any]
 
@@ -184,18 +193,19 @@ class _Tile:
         return carry
 
     def dropped(self, n: int, *probs: Array) -> Any:
-        setting = self.setting
-        if setting.rate is None:
+        """Returns them with zeros; they are not scaled up."""
+        if self.setting.rate is None:
             return probs[0] if len(probs) == 1 else probs
         b, h, i = self.place
         seeds: Any = [self.seeds[n].astype(jnp.uint32) for n in range(2)]
         part = Part(*(self.seeds[n] for n in range(2, 5)))
-        dropout = Dropout(seeds, setting.rate, part)
-        tgt_len = setting.logits[2]
+        dropout = Dropout(seeds, self.setting.rate, part)
+        tgt_len = self.setting.logits[2]
         rows = dropout.rows(b, h, self._row(i), num_heads=None, tgt_len=tgt_len)
-        column = self._column(n).astype(jnp.uint32)
-        factors = dropout.factors_at(rows, column, jnp.float32)
-        dropped = tuple(x * factors for x in probs)
+        words = self.words[0][0, 0, self.at(n)].astype(jnp.uint32)
+        words = jnp.concatenate([words] * (self.setting.rows // words.shape[1]), 1)
+        keep = dropout.keep(rows, words)
+        dropped = tuple(jnp.where(keep, x, 0) for x in probs)
         return dropped[0] if len(dropped) == 1 else dropped
 
     def _row(self, i: Any) -> Array:
@@ -239,12 +249,13 @@ class _Tile:
 
 def _tile(setting: Setting, shared: Shared, refs: tuple) -> tuple[_Tile, list[Any]]:
     """Returns the step's tile, and the references that are not of `Shared`."""
-    count = len(shared.bias), len(shared.masks)
-    (visible, seeds, query, key, value), rest = refs[:5], list(refs[5:])
-    bias, rest = rest[: count[0]], rest[count[0] :]
-    masks, rest = rest[: count[1]], rest[count[1] :]
+    firsts, rest = refs[:5], list(refs[5:])
+    optional = []
+    for some in (shared.words, shared.bias, shared.masks):
+        optional.append(rest[: len(some)])
+        rest = rest[len(some) :]
     place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    return _Tile(setting, place, visible, seeds, query, key, value, bias, masks), rest
+    return _Tile(setting, place, *firsts, *optional), rest
 
 
 def _call(
@@ -277,7 +288,7 @@ def _call(
         of_rows(shared.query),
         spec(shared.key.shape),
         spec(shared.value.shape),
-        *(spec(x.shape) for x in shared.bias),
+        *(spec(x.shape) for x in (*shared.words, *shared.bias)),
         *(spec(x.shape, 2) for x in shared.masks),
         *map(of_rows, more),
     ]
@@ -303,5 +314,5 @@ def _call(
             vmem_limit_bytes=_VMEM,
         ),
     )
-    arrays = *shared[:5], *shared.bias, *shared.masks, *more
+    arrays = *shared[:5], *shared.words, *shared.bias, *shared.masks, *more
     return run(*arrays)

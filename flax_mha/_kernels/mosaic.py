@@ -151,6 +151,7 @@ def _work(
         covered=src_len - mask.open_columns if mask.is_causal else None,
         skips=skips,
         rate=None if dropout is None else dropout.rate,
+        kept=1.0 if dropout is None else dropout.kept,
         precision=_precision(precision),
         interpret=interpret,
     )
@@ -160,6 +161,7 @@ def _work(
         _rows_last((query.astype(scale.dtype) * scale).astype(query.dtype), tgt),
         _pad(key.swapaxes(1, 2), 2, src),
         _rows_last(value, src) if is_forward else _pad(value.swapaxes(1, 2), 2, src),
+        () if dropout is None else (_column_words(dropout, src),),
         () if bias is None else (bias[..., None],),
         tuple(_pad(_pad(x, 3, src, fill), 2, tgt) for x, fill in masks),
     )
@@ -205,6 +207,7 @@ def _vector_memory(call: Call) -> int:
     masks = (*mask.allowed, *mask.blocked, *mask.attn_bias)
     size += 2 * rows * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
     size += 2 * 4 * 128 * any(x.shape[2] == 1 for x in masks)
+    size += 2 * 4 * 128 * (call.dropout is not None)
     return size * src_len
 
 
@@ -226,6 +229,11 @@ def _numbers(dropout: Dropout, call: Call) -> Array:
     return jnp.concatenate(
         [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in part])]
     )
+
+
+def _column_words(dropout: Dropout, src: int) -> Array:
+    words = dropout.column_words(lax.iota(jnp.uint32, src)).astype(jnp.int32)
+    return jnp.broadcast_to(words[:, None], (1, 1, src, 128))
 
 
 def _rows_last(x: Array, length: int) -> Array:
