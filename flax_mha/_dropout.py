@@ -119,11 +119,13 @@ class Dropout:
     def column_words(self, column: Array) -> Array:
         """Returns a word for each number of a column, uint32; no two are equal.
 
-        Two words that differ in their highest bits alone would make columns of which
-        one says what the other is. So the lower half is the number's own, and the upper
-        is random: a permutation of the number's upper half, another for each lower.
+        If two words differed in their highest bits alone, one column would tell what
+        the other drops. So the lower half is a permutation of the number's lower half;
+        the upper is random, and runs through a permutation with the number's upper.
         """
         low = column & 0xFFFF
         random = _mix(low ^ self.seed[1], self.seed[0])
         high = random + (column >> 16) * (random >> 16 | 1)
+        for _ in range(3):
+            low = (low ^ low >> 8) * jnp.uint32(_MULTIPLIERS[1]) & 0xFFFF
         return high << 16 | low

@@ -105,8 +105,11 @@ def factors(seed, rate, shape):
     row = np.arange(np.prod(shape[:3]), dtype=np.uint32).reshape(*shape[:3], 1)
     first = _hash(row ^ seed[0])
     second = _hash(first + seed[1], seed[0]) | np.uint32(1)
-    column = np.arange(shape[3], dtype=np.uint32)  # fewer than 2**16
-    word = _hash(column ^ seed[1], seed[0]) << np.uint32(16) | column
+    low = np.arange(shape[3], dtype=np.uint32)  # of fewer than 2**16 columns
+    word = _hash(low ^ seed[1], seed[0]) << np.uint32(16)
+    for _ in range(3):
+        low = (low ^ low >> np.uint32(8)) * np.uint32(0x846CA68B) & np.uint32(0xFFFF)
+    word |= low
     bits = ((first ^ word) * second).view(np.int32)
     return (bits >= round(rate * 2**32) - 2**31) / (1 - rate)
 
