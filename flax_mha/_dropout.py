@@ -114,7 +114,8 @@ class Dropout:
         second = _mix(first + self.seed[1], self.seed[0]) | 1
         bits = (first ^ column_words) * second
         # Signed, for TPUs have no comparison of others.
-        return bits.astype(jnp.int32) >= round(self.rate * 2**32) - 2**31
+        dropped = min(round(self.rate * 2**32), 2**32 - 1)
+        return bits.astype(jnp.int32) >= dropped - 2**31
 
     def column_words(self, column: Array) -> Array:
         """Returns a word for each number of a column, uint32; no two are equal.
