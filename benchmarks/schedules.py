@@ -40,8 +40,8 @@ _FILES = "*-packed-bundles-post-ra.txt"
 _NAME = re.compile(r"^\d+-(.*)-\d+-packed-bundles.*")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%([\w.-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_WHILE = re.compile(r"condition=%([\w.-]+), body=%([\w.-]+)")
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:[> ]*\{")
 _JUMP = re.compile(r"sbr\.rel \(!?%(\w+)\) target bundleno = (\d+)")
 _TEST = re.compile(r"%(\w+) = scmp\.\S+ %\w+, (\d+) /\* loop exit test")
@@ -100,21 +100,24 @@ def _device(chip: str) -> Any:
 def loops(program: str) -> dict[str, int]:
     """Returns how often each instruction of a program in HLO is executed.
 
-    A loop whose trip count XLA does not know counts once.
+    A loop ends at the constant in its condition; without one, it counts once.
     """
-    callers, lies_in, computation = {}, {}, ""
+    callers, lies_in, last, computation = {}, {}, {}, ""
     for line in program.splitlines():
         if header := _COMPUTATION.match(line):
             computation = header[1]
         elif instruction := _INSTRUCTION.match(line):
             lies_in[instruction[1]] = computation
-            trips = _TRIPS.search(line)
-            for called in _CALLED.findall(line):
-                callers[called] = computation, int(trips[1]) if trips else 1
+            if constant := _CONSTANT.search(line):
+                last[computation] = int(constant[1])
+            if loop := _WHILE.search(line):
+                callers[loop[2]] = computation, loop[1]
 
     def times(computation):
-        caller, trips = callers.get(computation, ("", 1))
-        return trips * (times(caller) if caller else 1)
+        if computation not in callers:
+            return 1
+        caller, condition = callers[computation]
+        return last.get(condition, 1) * times(caller)
 
     return {name: times(computation) for name, computation in lies_in.items()}
 
