@@ -134,7 +134,7 @@ def _call(
         of_rows(shared.query),
         spec(shared.key.shape, keys=2),
         spec(shared.value.shape, keys=2 if more else 3),
-        *(spec(x.shape, keys=2) for x in shared.bias),
+        *(spec(x.shape, keys=2) for x in (*shared.words, *shared.bias)),
         *(spec(x.shape, rows=2, keys=3) for x in shared.masks),
         *map(of_rows, more),
     ]
@@ -161,5 +161,5 @@ def _call(
             vmem_limit_bytes=VMEM,
         ),
     )
-    arrays = *shared[:5], *shared.bias, *shared.masks, *more
+    arrays = *shared[:5], *shared.words, *shared.bias, *shared.masks, *more
     return run(*arrays)

@@ -141,7 +141,7 @@ def _head(step: Tile, h: int, query: Any, key: Any, value: Any) -> Tile:
         step.span,
         *(step.visible, step.numbers),
         *(_of(h, x) for x in (query, key, value)),
-        *([_of(h, x) for x in masks] for masks in (step.bias, step.masks)),
+        *([_of(h, x) for x in masks] for masks in (step.words, step.bias, step.masks)),
     )
 
 
@@ -199,7 +199,7 @@ def _call(
         group = setting.sizes.heads if x.shape[1] > 1 else 1
         return pl.BlockSpec((1, group, *x.shape[2:]), where)
 
-    inputs = *shared[2:5], *shared.bias, *shared.masks, *more
+    inputs = *shared[2:5], *shared.words, *shared.bias, *shared.masks, *more
     run = pl.pallas_call(
         kernel,
         name=f"flax_mha_flat_{name}",

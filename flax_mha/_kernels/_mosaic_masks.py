@@ -64,7 +64,7 @@ def gradient(
         (shared.query, visits.spec(shared.query, rows=3)),
         (shared.key, visits.spec(shared.key, keys=2)),
         (shared.value, visits.spec(shared.value, keys=2)),
-        *((x, visits.spec(x, keys=2)) for x in shared.bias),
+        *((x, visits.spec(x, keys=2)) for x in (*shared.words, *shared.bias)),
         *((x, visits.spec(x, rows=2, keys=3)) for x in shared.masks),
         *((x, visits.spec(x, rows=3)) for x in (d_out, lse, delta)),
     ]

@@ -86,7 +86,7 @@ def _heads_of_step(call: Call) -> int:
         return 0
     size = call.query.dtype.itemsize
     of_head = length * sum(dims) * (8 * size + 16)
-    shared = 6 * 4 * length**2
+    shared = 6 * 4 * length**2 + 2 * 4 * 128 * length * (call.dropout is not None)
     for x in (*call.mask.allowed, *call.mask.blocked, *call.mask.attn_bias):
         of_mask = 2 * 4 * length * (128 if x.shape[2] == 1 else length)
         if x.shape[1] == 1:
@@ -116,6 +116,7 @@ def _most_keys(call: Call) -> int:
     masks = (*mask.allowed, *mask.blocked, *mask.attn_bias)
     size += 2 * _tile(call) * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
     size += 2 * 4 * 128 * any(x.shape[2] == 1 for x in masks)
+    size += 2 * 4 * 128 * (call.dropout is not None)
     return min(_MOST_KEYS, _MOST_MIB * 2**20 // size)
 
 

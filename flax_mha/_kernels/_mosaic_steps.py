@@ -1,5 +1,6 @@
 """What the kernels of `mosaic` compute of a `Tile`, forward and backward."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ def attend(
         return new, total, out
 
     maximum, total, out = tile.over_chunks(absorb, carry, logits)
-    return out * (1 / jnp.where(total == 0, 1, total)), maximum, total
+    divisor = jnp.where(total == 0, 1, total) * tile.setting.kept
+    return out * (1 / divisor), maximum, total
 
 
 def pull_back(
@@ -76,7 +78,10 @@ def logits_gradient(
     tile: Tile, n: int, logits: Array, d_out: Array, lse: Any, delta: Any
 ) -> tuple[Array, Array]:
     """Returns a chunk's probabilities after dropout, and the gradient of its logits."""
-    probs = jnp.exp(logits - lse[0, 0, 0:1] - lse[0, 0, 1:2])
+    # All of a row is scaled up for what dropout takes, rather than what it leaves.
+    kept = tile.setting.kept
+    log_total = lse[0, 0, 1:2] + math.log(kept)
+    probs = jnp.exp(logits - lse[0, 0, 0:1] - log_total)
     d_probs = tile.dot(tile.value[0, 0, tile.at(n)], d_out, NN)
     dropped, d_probs = tile.dropped(n, probs, d_probs)
-    return dropped, probs * (d_probs - delta[0, 0])
+    return dropped, probs * (d_probs - delta[0, 0] * kept)

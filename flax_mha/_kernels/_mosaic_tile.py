@@ -23,7 +23,7 @@ from flax_mha._typing import Array
 NN = (((1,), (0,)), ((), ()))  # (m, k) by (k, n)
 NT = (((1,), (1,)), ((), ()))  # (m, k) by (n, k)
 
-SPAN = 12  # where `Shared.numbers` has it
+SPAN = 9  # where `Shared.numbers` has it
 
 # Keys that are skipped together. Compiled for v5e, 512 take a sixth more cycles, for
 # less is begun early.
@@ -38,10 +38,10 @@ class Setting:
     sizes: Sizes
     covered: int | None  # a causal mask's columns; None: not causal
     rate: float | None  # of dropout
-    # What counts rows or columns by the `Runs` in `Shared.numbers`.
+    kept: float  # the share of elements that stay
+    # What counts rows by the `Runs` in `Shared.numbers`.
     mask_rows: bool
     drop_rows: bool
-    drop_columns: bool
     precision: Any
     interpret: bool
 
@@ -50,12 +50,13 @@ class Shared(NamedTuple):
     """What forward and backward pass read alike."""
 
     visible: Array  # (batch, all chunks) int32: whether any key of one may be seen
-    # (13,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of
-    # rows, and how many rows there are in all; the `Runs` of columns; the span of keys.
+    # (10,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of
+    # rows, and how many rows there are in all; the span of keys.
     numbers: Array
     query: Array  # (batch, heads, head_dim, tgt), scaled; whole blocks
     key: Array  # (batch, heads, src, head_dim); whole spans
     value: Array  # (batch, heads, value_dim, src) forward, (..., src, value_dim) back
+    words: tuple[Array, ...] = ()  # of dropout, for keys, (1, 1, src, 128): all equal
     bias: tuple[Array, ...] = ()  # at most one, (#batch, #heads, src, 1), added
     masks: tuple[Array, ...] = ()  # (#batch, #heads, tgt, src): added; int8: 0 hides
 
@@ -72,6 +73,7 @@ class Tile:
     query: Any
     key: Any
     value: Any
+    words: list[Any]
     bias: list[Any]
     masks: list[Any]
 
@@ -115,6 +117,7 @@ class Tile:
         return carry
 
     def dropped(self, n: int, *probs: Array) -> Any:
+        """Returns them with zeros; they are not scaled up."""
         setting = self.setting
         if setting.rate is None:
             return probs[0] if len(probs) == 1 else probs
@@ -122,16 +125,16 @@ class Tile:
         seeds: Any = [self.numbers[n].astype(jnp.uint32) for n in range(2)]
         part = Part(
             *(self.numbers[n] for n in range(2, 5)),
-            rows=self._runs(5) if setting.drop_rows else None,
+            rows=self._runs() if setting.drop_rows else None,
             tgt_len=self.numbers[8],
-            columns=self._runs(9) if setting.drop_columns else None,
         )
         dropout = Dropout(seeds, setting.rate, part)
         tgt_len = setting.logits[2]
         rows = dropout.rows(b, h, self._row(i), num_heads=None, tgt_len=tgt_len)
-        column = dropout.columns(self._column(n))
-        factors = dropout.factors_at(rows, column, jnp.float32)
-        dropped = tuple(x * factors for x in probs)
+        words = self.words[0][0, 0, self.at(n)].astype(jnp.uint32)
+        words = jnp.concatenate([words] * (setting.sizes.rows // words.shape[1]), 1)
+        keep = dropout.keep(rows, words)
+        dropped = tuple(jnp.where(keep, x, 0) for x in probs)
         return dropped[0] if len(dropped) == 1 else dropped
 
     def _row(self, i: Any) -> Array:
@@ -140,10 +143,10 @@ class Tile:
 
     def _masked_row(self, row: Any) -> Any:
         """Returns the number of a row that a causal mask is about."""
-        return self._runs(5).number(row) if self.setting.mask_rows else row
+        return self._runs().number(row) if self.setting.mask_rows else row
 
-    def _runs(self, first: int) -> Runs:
-        return Runs(*(self.numbers[first + n] for n in range(3)))
+    def _runs(self) -> Runs:
+        return Runs(*(self.numbers[n] for n in range(5, 8)))
 
     def _column(self, n: int) -> Array:
         shape = self.setting.sizes.columns, self.setting.sizes.rows
@@ -198,10 +201,10 @@ def tile_of(
     setting: Setting, shared: Shared, refs: tuple, place: tuple, span: Any
 ) -> tuple[Tile, list[Any]]:
     """Returns a step's tile, and the references that are not of `Shared`."""
-    count = len(shared.bias), len(shared.masks)
-    (visible, numbers, query, key, value), rest = refs[:5], list(refs[5:])
-    bias, rest = rest[: count[0]], rest[count[0] :]
-    masks, rest = rest[: count[1]], rest[count[1] :]
+    firsts, rest = refs[:5], list(refs[5:])
+    optional = []
+    for some in (shared.words, shared.bias, shared.masks):
+        optional.append(rest[: len(some)])
+        rest = rest[len(some) :]
     span = span if setting.sizes.spans > 1 else 0
-    arrays = visible, numbers, query, key, value, bias, masks
-    return Tile(setting, place, span, *arrays), rest
+    return Tile(setting, place, span, *firsts, *optional), rest

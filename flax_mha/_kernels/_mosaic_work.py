@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from flax_mha._call import Call
-from flax_mha._dropout import Part
+from flax_mha._dropout import Dropout, Part
 from flax_mha._kernels import _mosaic_flat, _mosaic_masks, _mosaic_spans
 from flax_mha._kernels._mosaic_sizes import Sizes
 from flax_mha._kernels._mosaic_tile import Setting, Shared
@@ -45,6 +45,7 @@ class Work(NamedTuple):
             sizes,
             covered=src_len - mask.open_columns if mask.is_causal else None,
             rate=None if dropout is None else dropout.rate,
+            kept=1.0 if dropout is None else dropout.kept,
             **_divided(call),
             precision=_precision(precision),
             interpret=interpret,
@@ -68,6 +69,7 @@ class Work(NamedTuple):
                 _visible(bias, call.logits[0], sizes),
                 _numbers(call),
                 *laid,
+                () if dropout is None else (_column_words(dropout, sizes.src),),
                 () if bias is None else (bias[..., None],),
                 tuple(
                     _pad(_pad(x, 3, sizes.src, fill), 2, sizes.tgt) for x, fill in masks
@@ -155,27 +157,32 @@ def _masks_of_rows(mask: Mask) -> list[tuple[Array, int]]:
 
 
 def _divided(call: Call) -> dict[str, bool]:
-    """Returns for what rows and columns are counted among those of all devices."""
+    """Returns for what rows are counted among those of all devices."""
     part = None if call.dropout is None else call.dropout.part
     return dict(
         mask_rows=call.mask.rows is not None,
         drop_rows=part is not None and part.rows is not None,
-        drop_columns=part is not None and part.columns is not None,
     )
 
 
 def _numbers(call: Call) -> Array:
     """Returns the numbers of `Shared`, with the first span's."""
-    seeds, zero = jnp.zeros(2, jnp.int32), (0, 0, 0)
+    seeds = jnp.zeros(2, jnp.int32)
     part = Part(np.asarray(0), np.asarray(0), np.asarray(call.logits[1]))
     if call.dropout is not None:
         seeds = lax.bitcast_convert_type(call.dropout.seed, jnp.int32)
         part = call.dropout.part or part
-    rows = part.rows or call.mask.rows or zero
+    rows = part.rows or call.mask.rows or (0, 0, 0)
     tgt_len = call.logits[2] if part.tgt_len is None else part.tgt_len
-    numbers: Any = *part[:3], *rows, tgt_len, *(part.columns or zero), 0
+    numbers: Any = *part[:3], *rows, tgt_len, 0
     numbers = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
     return jnp.concatenate([seeds, numbers])
+
+
+def _column_words(dropout: Dropout, src: int) -> Array:
+    columns = dropout.columns(lax.iota(jnp.int32, src))
+    words = dropout.column_words(columns).astype(jnp.int32)
+    return jnp.broadcast_to(words[:, None], (1, 1, src, 128))
 
 
 def _flat(x: Array) -> Array:
