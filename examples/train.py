@@ -135,27 +135,30 @@ def train(args, mesh):
     folder = args.folder if "://" in args.folder else os.path.abspath(args.folder)
     step = jax.jit(train_step, donate_argnums=0)
     is_first, terminal = jax.process_index() == 0, sys.stderr.isatty()
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            state = manager.restore(
-                start, args=ocp.args.StandardRestore(create.eval_shape())
-            )
-        else:
-            state = create()
-        (images, labels), test = digits()
-        for n in track(range(start, args.steps), disable=not (is_first and terminal)):
-            batch = batch_of(n, images, labels, args.batch, mesh)
-            state, loss = step(state, *batch)
-            if is_first and (n + 1) % args.log_every == 0:
-                print(f"step {n + 1}: loss {loss:.6f}", flush=True)
-            last = n + 1 == args.steps
-            manager.save(n + 1, args=ocp.args.StandardSave(state), force=last)
-        size = mesh.shape["data"] * mesh.shape["fsdp"]
-        batch = batch_of(0, *test, len(test[0]) // size * size, mesh)
-        accuracy = jax.jit(right)(state, *batch)
-        if is_first:
-            print(f"accuracy on digits it has not seen: {accuracy:.1%}")
+    manager = ocp.CheckpointManager(folder, options=options)
+    start = manager.latest_step() or 0
+    if start:
+        state = manager.restore(
+            start, args=ocp.args.StandardRestore(create.eval_shape())
+        )
+    else:
+        state = create()
+    (images, labels), test = digits()
+    for n in track(range(start, args.steps), disable=not (is_first and terminal)):
+        batch = batch_of(n, images, labels, args.batch, mesh)
+        state, loss = step(state, *batch)
+        if is_first and (n + 1) % args.log_every == 0:
+            print(f"step {n + 1}: loss {loss:.6f}", flush=True)
+        last = n + 1 == args.steps
+        manager.save(n + 1, args=ocp.args.StandardSave(state), force=last)
+        if manager.reached_preemption(n + 1):  # of one host, so it has been saved
+            break
+    size = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = batch_of(0, *test, len(test[0]) // size * size, mesh)
+    accuracy = jax.jit(right)(state, *batch)
+    if is_first:
+        print(f"accuracy on digits it has not seen: {accuracy:.1%}")
+    manager.close()  # when all is written
 
 
 def arguments(argv=None):
