@@ -33,11 +33,23 @@ class Spec:
         return f"{self.dtype}{list(self.shape)}"
 
 
+View = Callable[[np.ndarray], np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyArray(Spec):
-    """A tensor in a file: what it is, and how to read it into a new array."""
+    """A tensor in a file: what it is, and how to read it into a new array.
+
+    Attributes:
+        read: Reads all of it.
+        read_view: Reads only what a view of it would see; or None, where all of it has
+            to be known for any part.
+    """
 
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    read_view: Callable[[View], np.ndarray] | None = dataclasses.field(
+        default=None, repr=False
+    )
 
 
 def as_numpy(tensor: Any, name: str) -> np.ndarray:
@@ -61,6 +73,14 @@ def as_numpy(tensor: Any, name: str) -> np.ndarray:
     if isinstance(tensor, jax.Array):
         return np.asarray(tensor)
     raise _not_an_array(tensor, name)
+
+
+def seen(state_dict: Mapping[str, Any], name: str, view: View) -> np.ndarray:
+    """Returns a view of a tensor; of a `Checkpoint`, reads only what it sees."""
+    lazy = getattr(state_dict, "lazy", {}).get(name)
+    if lazy is None:
+        return view(as_numpy(state_dict[name], name))
+    return lazy.read_view(view) if lazy.read_view else view(lazy.read())
 
 
 def specs(state_dict: Mapping[str, Any]) -> dict[str, Spec]:

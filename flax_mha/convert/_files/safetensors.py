@@ -57,14 +57,10 @@ def read(source: Source) -> tuple[dict[str, LazyArray], dict[str, str]]:
         end = last
     if start + end != source.size:
         raise _broken(path, f"it must have {start + end} bytes, got {source.size}")
-    arrays = {
-        name: LazyArray(
-            shape,
-            dtype,
-            functools.partial(source.array, start + first, shape, dtype),
-        )
-        for name, (dtype, shape, first, _) in places.items()
-    }
+    arrays = {}
+    for name, (dtype, shape, first, _) in places.items():
+        read = functools.partial(source.array, start + first, shape, dtype)
+        arrays[name] = LazyArray(shape, dtype, read, read)
     return arrays, metadata
 
 
