@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from flax_mha.convert._processes import whole
+
 if TYPE_CHECKING:
     import torch
 
@@ -56,7 +58,8 @@ def as_numpy(tensor: Any, name: str) -> np.ndarray:
     """Returns the same bits as a NumPy array, without a copy where it can.
 
     Args:
-        tensor: A NumPy array, a JAX array or a torch tensor of any dtype and device.
+        tensor: A NumPy array, a JAX array or a torch tensor of any dtype and device. Of
+            a JAX array that is divided over processes, all have to ask.
         name: What messages call it.
 
     Raises:
@@ -71,7 +74,7 @@ def as_numpy(tensor: Any, name: str) -> np.ndarray:
     import jax  # if it is not there yet, neither is an array of it
 
     if isinstance(tensor, jax.Array):
-        return np.asarray(tensor)
+        return np.asarray(whole(tensor))
     raise _not_an_array(tensor, name)
 
 

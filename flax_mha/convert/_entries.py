@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flax_mha.convert._arrays import Spec, seen
+from flax_mha.convert._processes import is_divided, whole
 
 Axes = tuple[str | None, ...]
 
@@ -117,10 +118,14 @@ class Entry:
 
     def tensor(self, param: Any, row: int) -> np.ndarray:
         """Returns the tensor of the key at `row`; undoes `param`."""
-        rows = np.reshape(np.asarray(param), (len(self.keys), *self.moved_shape))
+        at = np.unravel_index(row, self.shape[: self._row_axes])
+        if is_divided(param):
+            moved = whole(param, tuple(map(int, at)))
+        else:
+            moved = np.asarray(param)[at]  # JAX keeps what it has fetched
         back = np.argsort(self.order).tolist()
-        tensor = rows[row].transpose(back).reshape(self.torch_shape)
-        return np.asarray(tensor, order="C")
+        tensor = np.reshape(moved, self.moved_shape).transpose(back)
+        return np.asarray(tensor.reshape(self.torch_shape), order="C")
 
 
 class StateDict(Mapping):
@@ -139,6 +144,11 @@ class StateDict(Mapping):
             if key not in absent
         }
         self._flat = flat
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a tensor is divided over processes."""
+        return any(map(is_divided, self._flat.values()))
 
     @property
     def specs(self) -> dict[str, Spec]:

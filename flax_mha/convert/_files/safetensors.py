@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
@@ -65,15 +65,25 @@ def read(source: Source) -> tuple[dict[str, LazyArray], dict[str, str]]:
 
 
 def write(
-    file: BinaryIO, state_dict: Mapping[str, Any], metadata: Mapping[str, str]
+    file: BinaryIO,
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    names: Sequence[str] | None = None,
 ) -> None:
     """Writes a whole file; each tensor is asked for when it is its turn.
+
+    Args:
+        file: To write to.
+        state_dict: Name to tensor.
+        metadata: Texts of the header.
+        names: Of the tensors to write; all, if None.
 
     Raises:
         TypeError: A value is no array, or a name or text is no string.
         ValueError: A dtype has no name in the format.
     """
     wanted = specs(state_dict)
+    wanted = wanted if names is None else {name: wanted[name] for name in names}
     if not _is_texts(metadata) or not all(isinstance(name, str) for name in wanted):
         raise TypeError("names, and the texts of metadata, must be strings.")
     # The widest first, so that each is aligned, which PyTorch needs.

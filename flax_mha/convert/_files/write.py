@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_mha.convert._arrays import as_numpy, few
+from flax_mha.convert._arrays import as_numpy, few, specs
 from flax_mha.convert._conversion import Conversion
-from flax_mha.convert._files import replacing, safetensors
+from flax_mha.convert._files import folder_writer, replacing, safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
 from flax_mha.convert._files.source import Source
+from flax_mha.convert._processes import holds_divided, write_in_first
 
 
 def save_safetensors(
@@ -23,30 +24,54 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     overwrite: bool = False,
+    max_file_size: int = 5_000_000_000,
 ) -> None:
-    """Writes a state_dict to a `.safetensors` file, for PyTorch or anybody.
+    """Writes a state_dict as safetensors, for PyTorch or anybody.
 
     Every dtype is kept, bfloat16 and float8 too. Tensors are asked for and written one
-    at a time, so that a lazy mapping never has two in memory. The file appears when it
-    is complete; if anything fails there is none, and an older one is untouched.
+    at a time, so that a lazy mapping never has two in memory. The file or folder
+    appears when it is complete; if anything fails there is none, and an older one is
+    untouched.
+
+    Of arrays that are divided over processes, all have to call this. The first one
+    writes; each tensor is gathered when it is its turn.
 
     Args:
-        path: Ends in `.safetensors`.
+        path: Ends in `.safetensors`: one file. Any other: a folder, as Hugging Face's
+            libraries write and read it, of `model.safetensors`, or of several files and
+            `model.safetensors.index.json`.
         state_dict: Name to NumPy array, JAX array or torch tensor: a `Checkpoint`, say,
             or what `state_dict_from_params` returns.
-        metadata: More text for the file's header, by name.
-        overwrite: Whether an existing file may be replaced.
+        metadata: More text for the header of each file, by name.
+        overwrite: Whether an existing file, or a folder of such files only, may be
+            replaced.
+        max_file_size: Bytes of tensors in each file of a folder, but for a tensor that
+            alone has more.
 
     Raises:
-        FileExistsError: The file exists, and may not be replaced.
-        ValueError: A dtype has no name in the format, or `path` has another ending.
+        FileExistsError: `path` exists, and may not be replaced.
+        ValueError: A dtype has no name in the format, or `path` has the ending of
+            another kind of file.
         TypeError: A value is no array, or a name or text is no string.
-        OSError: It could not be written; the disk is full, say.
+        OSError: It could not be written; the disk is full, say. Of several processes,
+            the first one has the reason.
     """
     path = pathlib.Path(path)
-    replacing.check_file(path, overwrite)
     # "format" is what Hugging Face's transformers want to know.
-    _write_file(path, state_dict, {"format": "pt", **(metadata or {})}, overwrite)
+    metadata = {"format": "pt", **(metadata or {})}
+
+    def write(state_dict: Mapping[str, Any]) -> None:
+        replacing.check_state_dict(path, overwrite)
+        if path.suffix == ".safetensors":
+            _write_file(path, state_dict, metadata, overwrite)
+            return
+        with replacing.replacing(path, overwrite) as new:
+            folder_writer.write(new, state_dict, metadata, max_file_size)
+
+    if holds_divided(state_dict):
+        write_in_first(write, state_dict, list(specs(state_dict)))
+    else:
+        write(state_dict)
 
 
 def save_params(
