@@ -3,7 +3,7 @@
 What is divided, no process can read alone: all have to do the same, in the same order.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ def whole(array: Any, at: tuple[int, ...] = ()) -> Any:
     if not at or not isinstance(old, jax.sharding.NamedSharding):
         return np.asarray(process_allgather(array, tiled=True)[at])
     # On Auto axes, as no divided axis of explicit ones has an index.
-    mesh = jax.sharding.Mesh(old.mesh.devices, old.mesh.axis_names)
+    devices: Any = old.mesh.devices
+    mesh = jax.sharding.Mesh(devices, old.mesh.axis_names)
     auto = jax.make_array_from_single_device_arrays(
         array.shape,
         jax.sharding.NamedSharding(mesh, old.spec),
@@ -52,7 +53,7 @@ def whole(array: Any, at: tuple[int, ...] = ()) -> Any:
 def write_in_first(
     write: Callable[[Mapping[str, Any]], None],
     state_dict: Mapping[str, Any],
-    names: Sequence[str],
+    specs: Mapping[str, Any],
 ) -> None:
     """Calls `write` with divided arrays in process 0, and gathers what it asks for.
 
@@ -61,6 +62,7 @@ def write_in_first(
     """
     import jax
 
+    names = list(specs)
     if jax.process_index() != 0:
         while (asked := _agreed(0)) >= 0:
             whole(state_dict[names[asked]])
@@ -68,7 +70,7 @@ def write_in_first(
             raise OSError("process 0 could not write, and says why.")
         return
     try:
-        write(_Asked(state_dict, names))
+        write(_Asked(state_dict, specs))
     except BaseException:
         _agreed(_FAILED)
         raise
@@ -85,17 +87,17 @@ def _agreed(number: int) -> int:
 class _Asked(Mapping[str, Any]):
     """Tells all processes which tensor the first one asks for."""
 
-    def __init__(self, state_dict: Mapping[str, Any], names: Sequence[str]):
-        self.specs = getattr(state_dict, "specs", None)
-        self._state_dict, self._names = state_dict, names
-        self._numbers = {name: number for number, name in enumerate(names)}
+    def __init__(self, state_dict: Mapping[str, Any], specs: Mapping[str, Any]):
+        self.specs = specs
+        self._state_dict = state_dict
+        self._numbers = {name: number for number, name in enumerate(specs)}
 
     def __getitem__(self, name: str) -> Any:
         _agreed(self._numbers[name])
         return whole(self._state_dict[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._numbers)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._numbers)

@@ -29,8 +29,7 @@ def write(
         numbers = range(1, len(parts) + 1)
         files = [f"model-{n:05}-of-{len(parts):05}.safetensors" for n in numbers]
     for name, part in zip(files, parts, strict=True):
-        with (folder / name).open("xb") as file:
-            safetensors.write(file, state_dict, metadata, part)
+        safetensors.write_file(folder / name, state_dict, metadata, part)
     if len(parts) > 1:
         index = {
             "metadata": {"total_size": sum(map(_size, tensors.values()))},

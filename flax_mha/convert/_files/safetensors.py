@@ -64,16 +64,16 @@ def read(source: Source) -> tuple[dict[str, LazyArray], dict[str, str]]:
     return arrays, metadata
 
 
-def write(
-    file: BinaryIO,
+def write_file(
+    path: pathlib.Path,
     state_dict: Mapping[str, Any],
     metadata: Mapping[str, str],
     names: Sequence[str] | None = None,
 ) -> None:
-    """Writes a whole file; each tensor is asked for when it is its turn.
+    """Writes a new file; each tensor is asked for when it is its turn.
 
     Args:
-        file: To write to.
+        path: Of the file.
         state_dict: Name to tensor.
         metadata: Texts of the header.
         names: Of the tensors to write; all, if None.
@@ -102,15 +102,16 @@ def write(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        array = as_numpy(state_dict[name], name)
-        if (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
-            raise ValueError(
-                f"{name} must be {wanted[name]} when written, as it was before, "
-                f"got {array.dtype}{list(array.shape)}."
-            )
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = as_numpy(state_dict[name], name)
+            if (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
+                raise ValueError(
+                    f"{name} must be {wanted[name]} when written, as it was before, "
+                    f"got {array.dtype}{list(array.shape)}."
+                )
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _header(file: BinaryIO, source: Source) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from flax_mha.convert._conversion import Conversion
 from flax_mha.convert._files import folder_writer, replacing, safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
 from flax_mha.convert._files.source import Source
-from flax_mha.convert._processes import holds_divided, write_in_first
+from flax_mha.convert._processes import holds_divided, is_divided, write_in_first
 
 
 def save_safetensors(
@@ -62,16 +62,13 @@ def save_safetensors(
 
     def write(state_dict: Mapping[str, Any]) -> None:
         replacing.check_state_dict(path, overwrite)
-        if path.suffix == ".safetensors":
-            _write_file(path, state_dict, metadata, overwrite)
-            return
         with replacing.replacing(path, overwrite) as new:
-            folder_writer.write(new, state_dict, metadata, max_file_size)
+            if path.suffix == ".safetensors":
+                safetensors.write_file(new, state_dict, metadata)
+            else:
+                folder_writer.write(new, state_dict, metadata, max_file_size)
 
-    if holds_divided(state_dict):
-        write_in_first(write, state_dict, list(specs(state_dict)))
-    else:
-        write(state_dict)
+    _write_once(write, state_dict)
 
 
 def save_params(
@@ -108,10 +105,14 @@ def save_params(
         conversion.state_dict(params, all_biases=True)
     text = None if conversion is None else conversion.to_json()
     if path.suffix == ".safetensors":
-        named = {"/".join(names): leaf for names, leaf in flat.items()}
-        _write_file(path, named, {OURS: text or "null"}, overwrite)
+
+        def write(named: Mapping[str, Any]) -> None:
+            with replacing.replacing(path, overwrite) as new:
+                safetensors.write_file(new, named, {OURS: text or "null"})
+
+        _write_once(write, {"/".join(names): leaf for names, leaf in flat.items()})
         return
-    _check_elements(flat)
+    _check_for_orbax(flat)
     import orbax.checkpoint as ocp  # takes a while; before there is anything to tidy
 
     with replacing.replacing(path, overwrite) as new:
@@ -146,7 +147,23 @@ def load_params(
     return params, _conversion(metadata[OURS], params, path)
 
 
-def _check_elements(flat: Mapping[tuple[str, ...], Any]) -> None:
+def _write_once(
+    write: Callable[[Mapping[str, Any]], None], arrays: Mapping[str, Any]
+) -> None:
+    """Calls `write`, where arrays are divided over processes in the first one."""
+    if holds_divided(arrays):
+        write_in_first(write, arrays, specs(arrays))
+    else:
+        write(arrays)
+
+
+def _check_for_orbax(flat: Mapping[tuple[str, ...], Any]) -> None:
+    divided = ["/".join(names) for names, leaf in flat.items() if is_divided(leaf)]
+    if divided:
+        raise ValueError(
+            f"params must be in this process as a whole, but {few(divided)} is divided "
+            "over several: write a .safetensors file, or use Orbax itself."
+        )
     empty = ["/".join(names) for names, leaf in flat.items() if np.size(leaf) == 0]
     if empty:
         raise ValueError(
@@ -218,13 +235,3 @@ def _flat(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
                 f"names in params must be strings without a slash, got {names}."
             )
     return flat
-
-
-def _write_file(
-    path: pathlib.Path,
-    arrays: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    overwrite: bool,
-) -> None:
-    with replacing.replacing(path, overwrite) as new, new.open("xb") as file:
-        safetensors.write(file, arrays, metadata)
