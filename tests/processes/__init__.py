@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -30,9 +31,9 @@ class Processes:
         for index in range(count):
             self._outputs.append(pathlib.Path(folder) / f"output_{index}.txt")
             with self._outputs[index].open("w") as file:
+                own = ["--distributed", address, str(count), str(index)]
                 self.running[index] = subprocess.Popen(
-                    [sys.executable, "-m", module, *map(str, argv)]
-                    + ["--distributed", address, str(count), str(index)],
+                    [sys.executable, "-m", module, *map(str, argv), *own],
                     env=environment,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -77,3 +78,9 @@ class Processes:
                 said = "\n".join(f"{n}: {self.output(n)[-2000:]}" for n in range(2))
                 raise AssertionError(f"{self.running} still ran, {self.codes}\n{said}")
             time.sleep(0.005)
+
+
+def losses(output):
+    """Returns the losses that `examples/train.py` has printed, by their steps."""
+    found = re.findall(r"^step (\d+): loss (\S+)$", output, re.M)
+    return {int(step): float(loss) for step, loss in found}
