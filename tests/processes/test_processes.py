@@ -45,6 +45,8 @@ def test_each_process_reads_its_own_bytes_and_all_write_one_folder(tmp_path):
         report = processes.report(index)
         assert report["own"] <= report["read"] <= 1.01 * report["own"]
         assert report["own"] < 0.51 * source.stat().st_size
+        refused = ["overwrite=True replaces it", "process 0 could not write"][index]
+        assert refused in report["refused"]
     assert len(list(out.glob("model-*-of-00003.safetensors"))) == 3
     written = read_state_dict(out)
     assert written.keys() == tensors.keys()
