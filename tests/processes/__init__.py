@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
 
 class Processes:
     """Starts a module in `count` processes that find each other; kills what is left.
 
-    Each gets `--distributed ADDRESS COUNT INDEX` behind its arguments.
+    Each gets `--distributed ADDRESS COUNT INDEX` behind its arguments, if it is not the
+    only one.
 
     Attributes:
         running: By their index.
@@ -32,6 +35,7 @@ class Processes:
             self._outputs.append(pathlib.Path(folder) / f"output_{index}.txt")
             with self._outputs[index].open("w") as file:
                 own = ["--distributed", address, str(count), str(index)]
+                own = own if count > 1 else []
                 self.running[index] = subprocess.Popen(
                     [sys.executable, "-m", module, *map(str, argv), *own],
                     env=environment,
@@ -75,7 +79,7 @@ class Processes:
                     self.codes[index] = self.running.pop(index).returncode
             ended = bool(self.codes) and not may_end
             if ended or time.monotonic() > start + seconds:
-                said = "\n".join(f"{n}: {self.output(n)[-2000:]}" for n in range(2))
+                said = "\n".join(path.read_text()[-2000:] for path in self._outputs)
                 raise AssertionError(f"{self.running} still ran, {self.codes}\n{said}")
             time.sleep(0.005)
 
@@ -84,3 +88,23 @@ def losses(output):
     """Returns the losses that `examples/train.py` has printed, by their steps."""
     found = re.findall(r"^step (\d+): loss (\S+)$", output, re.M)
     return {int(step): float(loss) for step, loss in found}
+
+
+def a_model(layers, width, seed=0):
+    """Returns the state_dict of a torch.nn.TransformerEncoder, of random numbers."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "self_attn.in_proj_weight": (3 * width, width),
+        "self_attn.in_proj_bias": (3 * width,),
+        "self_attn.out_proj.weight": (width, width),
+        "self_attn.out_proj.bias": (width,),
+        "linear1.weight": (4 * width, width),
+        "linear1.bias": (4 * width,),
+        "linear2.weight": (width, 4 * width),
+        "linear2.bias": (width,),
+    }
+    return {
+        f"layers.{n}.{name}": rng.standard_normal(shape, np.float32)
+        for n in range(layers)
+        for name, shape in shapes.items()
+    }

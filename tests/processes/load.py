@@ -81,8 +81,9 @@ def main():
     parser.add_argument("--max-file-size", type=int, default=500_000_000)
     parser.add_argument("--distributed", nargs=3)
     args = parser.parse_args()
-    address, count, index = args.distributed
-    jax.distributed.initialize(address, int(count), int(index))
+    if args.distributed:
+        address, count, index = args.distributed
+        jax.distributed.initialize(address, int(count), int(index))
     params, conversion, report = load(args.path)
     if args.out:
         start = time.perf_counter()

@@ -8,29 +8,9 @@ import numpy as np
 
 from examples import train
 from flax_mha.convert import read_state_dict, save_safetensors
-from tests.processes import Processes, losses
+from tests.processes import Processes, a_model, losses
 
 DEADLINE = 120  # seconds, of machines that do other things
-
-
-def a_model(layers, width, seed=0):
-    """Returns the state_dict of a torch.nn.TransformerEncoder, of random numbers."""
-    rng = np.random.default_rng(seed)
-    shapes = {
-        "self_attn.in_proj_weight": (3 * width, width),
-        "self_attn.in_proj_bias": (3 * width,),
-        "self_attn.out_proj.weight": (width, width),
-        "self_attn.out_proj.bias": (width,),
-        "linear1.weight": (4 * width, width),
-        "linear1.bias": (4 * width,),
-        "linear2.weight": (width, 4 * width),
-        "linear2.bias": (width,),
-    }
-    return {
-        f"layers.{n}.{name}": rng.standard_normal(shape, np.float32)
-        for n in range(layers)
-        for name, shape in shapes.items()
-    }
 
 
 def test_each_process_reads_its_own_bytes_and_all_write_one_folder(tmp_path):
