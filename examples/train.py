@@ -89,10 +89,9 @@ def batch_of(step, images, labels, size, mesh):
     chosen = order[at * size :][:size]
 
     def divided(array):
-        shape = (size, *array.shape[1:])
-        here = NamedSharding(mesh, BATCH)
+        shape, where = (size, *array.shape[1:]), NamedSharding(mesh, BATCH)
         return jax.make_array_from_callback(
-            shape, here, lambda index: array[chosen[index[0]]]
+            shape, where, lambda at: array[chosen[at[0]]]
         )
 
     return divided(images), divided(labels)
@@ -123,7 +122,7 @@ def right(state, images, labels):
 
 def train(args, mesh):
     model = VisionTransformer(args.width, args.heads, args.layers)
-    adamw = optax.adamw(args.rate, weight_decay=0.05, mask=training.decay_mask)
+    adamw = optax.adamw(1e-3, weight_decay=0.05, mask=training.decay_mask)
     create = functools.partial(new_state, model, adamw)
     shardings = sharding.param_shardings(jax.eval_shape(create), mesh, RULES)
     create = jax.jit(create, out_shardings=shardings)
@@ -134,31 +133,31 @@ def train(args, mesh):
     )
     folder = args.folder if "://" in args.folder else os.path.abspath(args.folder)
     step = jax.jit(train_step, donate_argnums=0)
-    is_first, terminal = jax.process_index() == 0, sys.stderr.isatty()
+    is_first = jax.process_index() == 0
+    quiet = not (is_first and sys.stderr.isatty())
     manager = ocp.CheckpointManager(folder, options=options)
     start = manager.latest_step() or 0
     if start:
-        state = manager.restore(
-            start, args=ocp.args.StandardRestore(create.eval_shape())
-        )
+        wanted = ocp.args.StandardRestore(create.eval_shape())  # and where
+        state = manager.restore(start, args=wanted)
     else:
         state = create()
     (images, labels), test = digits()
-    for n in track(range(start, args.steps), disable=not (is_first and terminal)):
+    for n in track(range(start, args.steps), disable=quiet):
         batch = batch_of(n, images, labels, args.batch, mesh)
         state, loss = step(state, *batch)
         if is_first and (n + 1) % args.log_every == 0:
             print(f"step {n + 1}: loss {loss:.6f}", flush=True)
         last = n + 1 == args.steps
         manager.save(n + 1, args=ocp.args.StandardSave(state), force=last)
-        if manager.reached_preemption(n + 1):  # of one host, so it has been saved
+        if manager.reached_preemption(n + 1):  # SIGTERM in one process: saved by all
             break
+    manager.close()  # when all is written
     size = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = batch_of(0, *test, len(test[0]) // size * size, mesh)
     accuracy = jax.jit(right)(state, *batch)
     if is_first:
         print(f"accuracy on digits it has not seen: {accuracy:.1%}")
-    manager.close()  # when all is written
 
 
 def arguments(argv=None):
@@ -167,7 +166,6 @@ def arguments(argv=None):
     add("folder", help="of checkpoints, that all processes can write to; or gs://...")
     add("--steps", type=int, default=200, help="of all runs in this folder together")
     add("--batch", type=int, default=64, help="images in a step, of all devices")
-    add("--rate", type=float, default=1e-3, help="of learning")
     add("--width", type=int, default=64)
     add("--heads", type=int, default=4)
     add("--layers", type=int, default=3)
@@ -189,7 +187,12 @@ def main(argv=None):
     if args.distributed is not None:
         address, count, index = args.distributed or (None, None, None)
         jax.distributed.initialize(address, count and int(count), index and int(index))
-    data = jax.device_count() // (args.fsdp * args.tensor)
+    data, left = divmod(jax.device_count(), args.fsdp * args.tensor)
+    if left:
+        raise SystemExit(
+            f"--fsdp times --tensor must divide the {jax.device_count()} devices, got "
+            f"{args.fsdp} times {args.tensor}."
+        )
     mesh = jax.make_mesh(
         (data, args.fsdp, args.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
     )
@@ -200,9 +203,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # at once; else it would wait for the others, and they for it
+        os._exit(1)  # at once: it would wait for the others, and they for it
