@@ -143,9 +143,11 @@ def train(args, mesh):
     else:
         state = create()
     (images, labels), test = digits()
+    batch = batch_of(start, images, labels, args.batch, mesh)
     for n in track(range(start, args.steps), disable=quiet):
-        batch = batch_of(n, images, labels, args.batch, mesh)
         state, loss = step(state, *batch)
+        batch = batch_of(n + 1, images, labels, args.batch, mesh)  # in the meantime
+        loss = float(loss)  # waits: if another process is gone, this says so
         if is_first and (n + 1) % args.log_every == 0:
             print(f"step {n + 1}: loss {loss:.6f}", flush=True)
         last = n + 1 == args.steps

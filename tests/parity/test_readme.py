@@ -26,6 +26,10 @@ README_BLOCKS = [
 PICTURES = sorted((ROOT / "docs" / "pictures").iterdir())
 
 
+# Programs that pages name for readers, and tests do not run.
+READERS = ("cd", "export", "gcloud", "pip", "python", "source", "uv")
+
+
 def name(path):
     return path.name
 
@@ -110,7 +114,7 @@ def test_a_command_for_another_machine_is_seen():
 @pytest.mark.parametrize("page", [README, *PAGES], ids=name)
 def test_every_file_and_extra_that_a_page_names_exists(page):
     text = page.read_text()
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for link in re.findall(r"\]\((?!https:)([^)#]+)[^)]*\)", text):
         assert (page.parent / link).exists(), link
     for path in re.findall(r"(?:`|python )((?:docs|examples|tests)/[^` \n]+)", text):
         assert (ROOT / path).exists(), path
