@@ -116,7 +116,8 @@ class Conversion:
             place: Called for each parameter with its path, the logical names of its
                 axes, and its shape and dtype; returns the `jax.sharding.Sharding` to
                 put it on, of which each device gets its part straight from the host,
-                or None to leave it a NumPy array. Without `place`, all are.
+                or None to leave it a NumPy array. Without `place`, all are. Of what
+                lies in order in a file, each process reads only its devices' bytes.
 
         Returns:
             Nested dicts. JAX arrays, of `place`, are copies. NumPy arrays are views of

@@ -88,9 +88,7 @@ def run_commands(block):
                 train.arguments(argv[2:])
             else:
                 program = pathlib.Path(program).name
-                assert program in ("cd", "export", "gcloud", "pip", "source", "uv"), (
-                    line
-                )
+                assert program in READERS, line
 
 
 def commands(line):
