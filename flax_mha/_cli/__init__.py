@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "file",
         type=Path,
         metavar="FILE",
-        help="to write: a file if it ends in .safetensors, else a folder, as Hugging Face's",
+        help="to write: a file if it ends in .safetensors, else a folder of such files",
     )
     export.add_argument(
         "--all-biases",

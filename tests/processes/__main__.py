@@ -37,6 +37,21 @@ def train(folder):
                 shutil.rmtree(copy)
             shutil.rmtree(killed)
 
+    _stop(folder, alone)
+
+
+def _stop(folder, alone):
+    """Tells one of four to end, as a cluster does: all save the same step, and end."""
+    argv = [folder / "told", *SMALL, "--steps", 10 * STEPS, "--fsdp", 4]
+    with Processes(folder, 4, "examples.train", *argv) as processes:
+        processes.wait_until(lambda: "step 14:" in processes.output(), DEADLINE)
+        processes.running[2].terminate()
+        seconds = processes.wait(DEADLINE)
+        assert set(processes.codes.values()) == {0}, processes.output()
+        got = losses(processes.output())
+    assert (folder / "told" / str(max(got))).is_dir()
+    _report(f"told to end, which took {seconds:.1f} s", got, alone)
+
 
 def _run(folder, count, path, *argv):
     argv = [path, *SMALL, "--steps", STEPS, *argv]
