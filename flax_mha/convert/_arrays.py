@@ -80,7 +80,7 @@ def as_numpy(tensor: Any, name: str) -> np.ndarray:
 
 def seen(state_dict: Mapping[str, Any], name: str, view: View) -> np.ndarray:
     """Returns a view of a tensor; of a `Checkpoint`, reads only what it sees."""
-    lazy = getattr(state_dict, "lazy", {}).get(name)
+    lazy = getattr(state_dict, "_lazy_arrays", {}).get(name)
     if lazy is None:
         return view(as_numpy(state_dict[name], name))
     return lazy.read_view(view) if lazy.read_view else view(lazy.read())

@@ -156,7 +156,9 @@ class Conversion:
                 were converted to zeros, and training may have changed them.
 
         Returns:
-            A mapping that rearranges a tensor each time it is asked for it.
+            A mapping that rearranges a tensor each time it is asked for it. If the
+            parameters are divided over processes, it gathers the tensor, and all have
+            to ask; `save_safetensors` does so.
 
         Raises:
             ValueError: A parameter is missing, unexpected or misshapen; or, without

@@ -101,7 +101,7 @@ class Entry:
 
     def has_parts(self, state_dict: Mapping[str, Any]) -> bool:
         """Whether parts can be read by themselves: not of what is computed."""
-        lazy = getattr(state_dict, "lazy", {})
+        lazy = getattr(state_dict, "_lazy_arrays", {})
         there = set(self.keys) - set(self.absent)
         return all(key in lazy and lazy[key].read_view for key in there)
 

@@ -112,8 +112,9 @@ def load(folder, gigabytes):
             print(
                 f"process {index} of {count}: its part {report['own'] / 1e9:.3f} GB; "
                 f"read {share['read']:.4f} of it, by the system's count "
-                f"{share['system']:.4f}; loaded in {report['seconds']:.2f} s, all "
-                f"written in {report['writing']:.2f} s"
+                f"{share['system']:.4f}; loaded in {report['seconds']:.2f} s, "
+                f"{report['cpu']:.2f} s of a core; all written in "
+                f"{report['writing']:.2f} s"
             )
             assert max(share.values()) <= 1.1
         print(f"{count} processes in all: {time.monotonic() - start:.1f} s")

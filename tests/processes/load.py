@@ -54,12 +54,13 @@ def system_count():
 
 def load(path):
     """Returns parameters on all devices, their conversion, and what was read."""
-    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    mesh = jax.sharding.get_mesh()
     state_dict = convert.read_state_dict(path)
     conversion = convert.plan_tree(state_dict, num_heads=8, stack=["layers"])
-    reads, before, start = counted(), system_count(), time.perf_counter()
+    reads, before = counted(), system_count()
+    start, cpu = time.perf_counter(), time.process_time()
     params = conversion.params(state_dict, place_on(mesh))
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     own = {
         (path, str(shard.index)): shard.data.nbytes
         for path, array in jax.tree.leaves_with_path(params)
@@ -70,20 +71,30 @@ def load(path):
         "read": sum(reads),
         "system": system_count() - before,
         "seconds": seconds,
+        "cpu": cpu,
     }
     return params, conversion, report
 
 
 def main():
+    args = arguments()
+    if args.distributed:
+        address, count, index = args.distributed
+        jax.distributed.initialize(address, int(count), int(index))
+    with jax.set_mesh(jax.make_mesh((jax.device_count(),), ("devices",))):
+        print(json.dumps(load_and_write(args)))
+
+
+def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("path")
     parser.add_argument("out", nargs="?")
     parser.add_argument("--max-file-size", type=int, default=500_000_000)
     parser.add_argument("--distributed", nargs=3)
-    args = parser.parse_args()
-    if args.distributed:
-        address, count, index = args.distributed
-        jax.distributed.initialize(address, int(count), int(index))
+    return parser.parse_args()
+
+
+def load_and_write(args):
     params, conversion, report = load(args.path)
     if args.out:
         start = time.perf_counter()
@@ -94,7 +105,7 @@ def main():
             convert.save_safetensors(args.out, state_dict)
         except OSError as error:
             report["refused"] = str(error)
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def check_state_dict(path: pathlib.Path, overwrite: bool) -> None:
     )
     if beside:
         raise FileExistsError(
-            f"{str(path)!r} exists, and not of a model's tensors only: {few(beside)}."
+            f"{str(path)!r} exists, and not of a model's tensors only: {few(beside)}; "
+            "give another path."
         )
     check(path, overwrite)
 
