@@ -8,6 +8,7 @@ It checks what the tests do with two processes and little data, and prints times
 import argparse
 import pathlib
 import shutil
+import signal
 import tempfile
 import time
 
@@ -74,11 +75,16 @@ def _run_and_kill(folder, path, index, when):
         processes.wait_until(reached, DEADLINE)
         processes.kill(index)
         seconds = processes.wait(DEADLINE)
-        codes = {n: code for n, code in processes.codes.items() if n != index}
-        assert set(codes.values()) == {1}, processes.output()
+        codes = {code for n, code in processes.codes.items() if n != index}
+        # Of what JAX itself says to a process whose coordinator, the first, is gone.
+        may_be = {1} if index else {1, -signal.SIGABRT}
+        assert codes <= may_be, (codes, processes.output(1))
         there = sorted(found.name for found in path.iterdir())
         assert when == "between" or "20.orbax-checkpoint-tmp" in there, there
-        print(f"killed: the others ended {seconds:.2f} s later, and left {there}")
+        print(
+            f"killed: the others ended {seconds:.2f} s later with {codes}, and left "
+            f"{there}"
+        )
         return {n: v for n, v in losses(processes.output()).items() if n <= STEPS}
 
 
