@@ -32,6 +32,7 @@ from flax_mha import MultiheadAttention, sharding, training
 
 RULES = (*sharding.RULES, ("mlp", "tensor"))
 BATCH = P(("data", "fsdp"))
+IMAGES = 1440  # of 1797, to train on
 
 
 def dense(features, *axes):
@@ -76,10 +77,10 @@ class VisionTransformer(nn.Module):
 
 
 def digits():
-    """Returns images and labels to train on, and 357 to test with."""
+    """Returns images and labels to train on, and to test with."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8).astype(np.float32) / 16
-    return (images[:1440], labels[:1440]), (images[1440:], labels[1440:])
+    return (images[:IMAGES], labels[:IMAGES]), (images[IMAGES:], labels[IMAGES:])
 
 
 def batch_of(step, images, labels, size, mesh):
@@ -115,7 +116,7 @@ def train_step(state, images, labels):
     return state.apply_gradients(grads=gradients), loss
 
 
-def right(state, images, labels):
+def accuracy(state, images, labels):
     logits = state.apply_fn({"params": state.params}, images, True)
     return (logits.argmax(-1) == labels).mean()
 
@@ -132,9 +133,6 @@ def train(args, mesh):
         cleanup_tmp_directories=True,  # of a run that was killed while it saved
     )
     folder = args.folder if "://" in args.folder else os.path.abspath(args.folder)
-    step = jax.jit(train_step, donate_argnums=0)
-    is_first = jax.process_index() == 0
-    quiet = not (is_first and sys.stderr.isatty())
     manager = ocp.CheckpointManager(folder, options=options)
     start = manager.latest_step() or 0
     if start:
@@ -144,6 +142,9 @@ def train(args, mesh):
         state = create()
     (images, labels), test = digits()
     batch = batch_of(start, images, labels, args.batch, mesh)
+    step = jax.jit(train_step, donate_argnums=0)
+    is_first = jax.process_index() == 0
+    quiet = not (is_first and sys.stderr.isatty())
     for n in track(range(start, args.steps), disable=quiet):
         state, loss = step(state, *batch)
         batch = batch_of(n + 1, images, labels, args.batch, mesh)  # in the meantime
@@ -157,9 +158,9 @@ def train(args, mesh):
     manager.close()  # when all is written
     size = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = batch_of(0, *test, len(test[0]) // size * size, mesh)
-    accuracy = jax.jit(right)(state, *batch)
+    right = jax.jit(accuracy)(state, *batch)
     if is_first:
-        print(f"accuracy on digits it has not seen: {accuracy:.1%}")
+        print(f"accuracy on digits it has not seen: {right:.1%}")
 
 
 def arguments(argv=None):
@@ -175,29 +176,34 @@ def arguments(argv=None):
     add("--tensor", type=int, default=1, help="devices that divide heads and MLPs")
     add("--save-every", type=int, default=50, metavar="STEPS")
     add("--log-every", type=int, default=10, metavar="STEPS")
-    add(
-        "--distributed",
-        nargs="*",
-        metavar="ADDRESS COUNT INDEX",
-        help="one of several processes; which, TPU pods and Slurm know by themselves",
-    )
-    return parser.parse_args(argv)
+    said = "one of several processes; which, TPU pods and Slurm know by themselves"
+    add("--distributed", nargs="*", metavar="ADDRESS COUNT INDEX", help=said)
+    args = parser.parse_args(argv)
+    if len(args.distributed or ()) not in (0, 3):
+        parser.error("--distributed takes nothing, or ADDRESS COUNT INDEX")
+    return args
+
+
+def make_mesh(args):
+    """Returns a mesh of all devices; those of neither flag are for data."""
+    data, left = divmod(jax.device_count(), args.fsdp * args.tensor)
+    if left or args.batch % (data * args.fsdp) or args.batch > IMAGES:
+        raise SystemExit(
+            f"--fsdp times --tensor must divide the {jax.device_count()} devices, and "
+            f"all but those of --tensor divide --batch, of {IMAGES} at most."
+        )
+    sizes, names = (data, args.fsdp, args.tensor), ("data", "fsdp", "tensor")
+    return jax.make_mesh(sizes, names, (AxisType.Auto,) * 3)
 
 
 def main(argv=None):
     args = arguments(argv)
-    if args.distributed is not None:
-        address, count, index = args.distributed or (None, None, None)
-        jax.distributed.initialize(address, count and int(count), index and int(index))
-    data, left = divmod(jax.device_count(), args.fsdp * args.tensor)
-    if left:
-        raise SystemExit(
-            f"--fsdp times --tensor must divide the {jax.device_count()} devices, got "
-            f"{args.fsdp} times {args.tensor}."
-        )
-    mesh = jax.make_mesh(
-        (data, args.fsdp, args.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    )
+    if args.distributed:
+        address, count, index = args.distributed
+        jax.distributed.initialize(address, int(count), int(index))
+    elif args.distributed is not None:
+        jax.distributed.initialize()
+    mesh = make_mesh(args)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         train(args, mesh)
 
