@@ -27,30 +27,32 @@ def read_view(
         _fill(file, offset, whole)
         return view(whole)
     order = sorted(range(seen.ndim), key=lambda axis: -seen.strides[axis])
-    first = _address(seen) - _address(whole)
-    array = _read(file, offset + first, seen.transpose(order))
+    first = offset + _address(seen) - _address(whole)
+    array = _read(file, first, seen.transpose(order)[..., None])[..., 0]
     return array.transpose(np.argsort(order))
 
 
 def _read(file: BinaryIO, offset: int, like: np.ndarray) -> np.ndarray:
-    """Reads elements that lie as those of `like`, whose last axis is the closest."""
-    array = np.empty(like.shape, like.dtype)
+    """Reads elements that lie as those of `like`, whose last axes are the closest."""
     outer, span = like.ndim, like.itemsize  # axes of separate reads; bytes of each
     while outer and (
         like.shape[outer - 1] == 1 or like.strides[outer - 1] - span <= GAP
     ):
         outer -= 1
         span += (like.shape[outer] - 1) * like.strides[outer]
-    for at in np.ndindex(like.shape[:outer]):
-        start = offset + int(np.dot(at, like.strides[:outer]))
-        part = array[(*at, ...)]
+    shape, strides = like.shape[outer:], like.strides[outer:]
+    starts = np.full((), offset)
+    for size, stride in zip(like.shape[:outer], like.strides[:outer], strict=True):
+        starts = np.add.outer(starts, stride * np.arange(size))
+    array = np.empty(like.shape, like.dtype)
+    parts = array.reshape(-1, *shape)
+    for start, part in zip(starts.ravel().tolist(), parts, strict=True):
         if part.nbytes == span:
             _fill(file, start, part)
             continue
         through = np.empty(span, np.uint8)
         _fill(file, start, through)
-        strides = like.strides[outer:]
-        part[...] = np.ndarray(part.shape, part.dtype, through.data, 0, strides)
+        part[...] = np.ndarray(shape, like.dtype, through.data, 0, strides)
     return array
 
 
