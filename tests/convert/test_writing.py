@@ -114,6 +114,13 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path):
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.parametrize("size", ["5GB", 0, 1e9])
+def test_a_size_of_files_is_a_number_of_bytes(tmp_path, size):
+    with pytest.raises(ValueError, match=f"must be a number of bytes, got {size!r}"):
+        save_safetensors(tmp_path / "m", ONES, max_file_size=size)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_has_files_of_a_size_and_their_index(tmp_path):
     large, small = np.ones((10, 10), "float32"), np.ones(20, "float16")
     tensors = {"a": small, "b": small, "c": small, "large": large, "d": small}

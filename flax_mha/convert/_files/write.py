@@ -51,12 +51,16 @@ def save_safetensors(
     Raises:
         FileExistsError: `path` exists, and may not be replaced.
         ValueError: A dtype has no name in the format, or `path` has the ending of
-            another kind of file.
+            another kind of file, or `max_file_size` is no number of bytes.
         TypeError: A value is no array, or a name or text is no string.
         OSError: It could not be written; the disk is full, say. Of several processes,
             the first one has the reason.
     """
     path = pathlib.Path(path)
+    if not isinstance(max_file_size, int) or max_file_size < 1:
+        raise ValueError(
+            f"max_file_size must be a number of bytes, got {max_file_size!r}."
+        )
     # "format" is what Hugging Face's transformers want to know.
     metadata = {"format": "pt", **(metadata or {})}
 
@@ -98,7 +102,6 @@ def save_params(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
-    replacing.check_params(path, overwrite)
     flat = _flat(params)
     if conversion is not None:
         # Which only its own parameters have, trained or not.
@@ -107,11 +110,13 @@ def save_params(
     if path.suffix == ".safetensors":
 
         def write(named: Mapping[str, Any]) -> None:
+            replacing.check_params(path, overwrite)
             with replacing.replacing(path, overwrite) as new:
                 safetensors.write_file(new, named, {OURS: text or "null"})
 
         _write_once(write, {"/".join(names): leaf for names, leaf in flat.items()})
         return
+    replacing.check_params(path, overwrite)
     _check_for_orbax(flat)
     import orbax.checkpoint as ocp  # takes a while; before there is anything to tidy
 
