@@ -53,9 +53,9 @@ class MultiheadAttention(nn.Module):
         precision: Of all products, as `jax.numpy.einsum` takes it.
         implementation: Kernel that must run, or else ValueError with the reason, where
             it can be known, while tracing, or when the program is lowered: "blockwise"
-            (everywhere; memory linear in the lengths), "mosaic" or "splash" (TPU),
-            "cudnn" (NVIDIA GPU), or "reference" (all logits at once). None: the best
-            that can, for the platform compiled for; see `flax_mha.explain`.
+            (everywhere; memory linear in the lengths), "mosaic" (TPU), "cudnn" (NVIDIA
+            GPU), or "reference" (all logits at once). None: the best that can, for the
+            platform compiled for; see `flax_mha.explain`.
         kernel_init: Draws the weights of the in-projection, as a matrix (in_features,
             out_features); None: PyTorch's way.
         out_kernel_init: Draws that of the out-projection; None: `kernel_init`.

@@ -56,6 +56,47 @@ def test_rows_are_pairwise_independent():
     assert np.abs(correlations).max() < 0.45
 
 
+def test_columns_are_pairwise_independent():
+    x = (dropped(0.5) - 0.5).reshape(-1, SHAPE[3])[:, :256].T * 2
+    correlations = x @ x.T / np.sqrt(x.shape[1])
+    np.fill_diagonal(correlations, 0)
+    assert np.abs(correlations).max() < SIGMAS + 1  # of 30 thousand pairs
+
+
+@pytest.mark.parametrize("first", [0, 2**16 - 1000, 2**32 - 1000])
+def test_words_of_near_columns_differ_in_their_lower_halves(first):
+    dropout = Dropout.from_rng(jax.random.key(0), 0.5)
+    column = jnp.uint32(first) + jnp.arange(2**17, dtype=jnp.uint32)
+    words = np.asarray(dropout.column_words(column))
+    assert len(np.unique(words)) == 2**17
+    assert len(np.unique(words[: 2**16] % 2**16)) == 2**16
+    for bit in range(16, 32):  # the upper half is random
+        share = (words >> bit & 1).mean()
+        assert abs(share - 0.5) < SIGMAS * 0.5 / np.sqrt(2**16)
+
+
+def test_rows_and_columns_of_high_numbers():
+    dropout = Dropout.from_rng(jax.random.key(0), 0.5)
+    row = jnp.uint32(2**31 - 500) + jnp.arange(1000, dtype=jnp.uint32)[:, None]
+    x = np.asarray(dropout.factors(row, 1000, jnp.float64, 2**31 - 500)) - 1
+    assert abs(x.mean()) < SIGMAS / 1000
+    for axis in range(2):
+        assert np.abs(x.mean(axis)).max() < (SIGMAS + 1) / np.sqrt(1000)
+        assert abs((x * np.roll(x, 1, axis)).mean()) < SIGMAS / 1000
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_seeds_of_one_bits_difference_are_independent(which):
+    seed = np.array([5, 7], np.uint32)
+    near = seed ^ np.eye(2, dtype=np.uint32)[which]
+    row = jnp.arange(1000, dtype=jnp.uint32)[:, None]
+    a, b = (
+        np.asarray(Dropout(jnp.asarray(x), 0.5).factors(row, 1000, jnp.float64)) - 1
+        for x in (seed, near)
+    )
+    assert abs((a * b).mean()) < SIGMAS / 1000
+
+
 def test_keys_are_independent_of_each_other():
     a, b = dropped(0.5, seed=1), dropped(0.5, seed=2)
     correlation = ((a - 0.5) * (b - 0.5)).mean() * 4

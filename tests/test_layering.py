@@ -5,21 +5,28 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
-KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged"]
-KERNELS += ["reference", "splash"]
+KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged", "reference"]
 LAYERS = [
     ["_typing", "_mesh", "_lazy"],
+    ["_runs"],
     ["_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
-    ["_call", "_initializers", "training", "sharding"],
-    ["_place"],
+    ["_call", "_initializers", "training"],
+    ["_length"],
+    ["_place", "sharding"],
     ["_checks.layer", "_checks.functional", "_checks.cache", "_checks"],
     ["_ragged.checks"],
     ["_ragged.call_checks", "_ragged.tokens"],
     ["_ragged.array"],
     ["_ragged"],
     ["_kernels._blocks", "_kernels._softmax", "_kernels._cudnn_calls"],
+    ["_kernels._mosaic_sizes"],
+    ["_kernels._mosaic_tile"],
+    ["_kernels._mosaic_steps"],
     ["_kernels._mosaic_calls"],
+    ["_kernels._mosaic_flat", "_kernels._mosaic_masks"],
+    ["_kernels._mosaic_spans"],
+    ["_kernels._mosaic_work"],
     ["_kernels._ragged_blocks"],
     [f"_kernels.{name}" for name in KERNELS],
     ["_kernels"],
@@ -27,7 +34,7 @@ LAYERS = [
     ["_plan"],
     ["_layouts"],
     ["_cache"],
-    ["_heads_first"],
+    ["_heads_first", "_ring"],
     ["_dispatch", "_explain"],
     ["_sequences"],
     ["_cached_sequences"],

@@ -7,7 +7,8 @@ forward(call, *, precision) -> (out, lse)
     nothing would be left of the other. A query allowed nothing gets 0, and infinity for
     the first term.
 backward(call, out, lse, d_out, *, precision, with_bias) -> Gradients
-    Without those of float masks if not `with_bias`.
+    Without those of float masks if not `with_bias`. out and lse may be of more keys
+    than the call has, of which these are then a part.
 
 Those that run on one platform, `_plan.FUSED`, also say what they are not for:
 
@@ -19,8 +20,6 @@ unwise(call) -> str | None
     Why another is better, unless the caller names this one.
 indivisible(call) -> str | None
     Why XLA cannot divide this call among devices.
-DIFFERENTIATES_MASKS
-    Whether `backward` returns the gradients of float masks; else `blockwise` runs.
 
 `_dispatch` makes them differentiable. `blockwise` also returns the attention weights.
 `reference` is the definition, which all others are tested against; JAX differentiates
@@ -33,12 +32,11 @@ To add a kernel: write its module, add it here and in the table of `_plan`.
 from collections.abc import Mapping
 from types import ModuleType
 
-from flax_mha._kernels import blockwise, cudnn, mosaic, reference, splash
+from flax_mha._kernels import blockwise, cudnn, mosaic, reference
 
 KERNELS: Mapping[str, ModuleType] = {
     "blockwise": blockwise,
     "cudnn": cudnn,
     "mosaic": mosaic,
     "reference": reference,
-    "splash": splash,
 }

@@ -104,10 +104,14 @@ def factors(seed, rate, shape):
     seed = np.asarray(seed, np.uint32)
     row = np.arange(np.prod(shape[:3]), dtype=np.uint32).reshape(*shape[:3], 1)
     first = _hash(row ^ seed[0])
-    second = _hash(first + seed[1], seed[0])
-    column = np.arange(shape[3], dtype=np.uint32)
-    bits = _hash(first + column * np.uint32(0x9E3779B9), second)
-    return (bits >= round(rate * 2**32)) / (1 - rate)
+    second = _hash(first + seed[1], seed[0]) | np.uint32(1)
+    low = np.arange(shape[3], dtype=np.uint32)  # of fewer than 2**16 columns
+    word = _hash(low ^ seed[1], seed[0]) << np.uint32(16)
+    for _ in range(3):
+        low = (low ^ low >> np.uint32(8)) * np.uint32(0x846CA68B) & np.uint32(0xFFFF)
+    word |= low
+    bits = ((first ^ word) * second).view(np.int32)
+    return (bits >= round(rate * 2**32) - 2**31) / (1 - rate)
 
 
 def _hash(x, between=0):

@@ -502,7 +502,7 @@ def test_explain_says_where_the_arrays_are_padded():
     unbounded = dataclasses.replace(x, max_len=None)
     (call,) = explain(jax.random.key(0), unbounded, unbounded, unbounded)
     assert call.kernels["tpu"] == "blockwise"
-    assert call.reasons["tpu"]["splash"] == (
+    assert call.reasons["tpu"]["mosaic"] == (
         "padded to max_len = 16384, query would have 131072 tokens, not 16384"
     )
 

@@ -1,0 +1,153 @@
+"""Compiles for TPUs that are not there, and reads the schedules that the compiler made.
+
+The compiler writes what every kernel and fusion executes as bundles, of which a core
+issues one a cycle; a jump backwards closes a loop, and its test has the trip count.
+What memory takes is not in these numbers, beyond what the compiler schedules round it.
+"""
+
+import atexit
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read when JAX first asks for TPUs.
+_DUMP = Path(tempfile.mkdtemp(prefix="schedules-"))
+atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={_DUMP}",
+}
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
+
+TOPOLOGIES = {
+    "v5e": "v5e:2x2",
+    "v6e": "v6e:2x2",
+    "v5p": "v5p:2x2x1",
+    "tpu7x": "tpu7x:2x2x1",
+}
+_FILES = "*-packed-bundles-post-ra.txt"
+_NAME = re.compile(r"^\d+-(.*)-\d+-packed-bundles.*")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
+_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_WHILE = re.compile(r"condition=%([\w.-]+), body=%([\w.-]+)")
+_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:[> ]*\{")
+_JUMP = re.compile(r"sbr\.rel \(!?%(\w+)\) target bundleno = (\d+)")
+_TEST = re.compile(r"%(\w+) = scmp\.\S+ %\w+, (\d+) /\* loop exit test")
+_DELAY = 5  # bundles that are executed after a jump's own, before it
+_SMALL = 200  # bundles; what is jumped over and smaller counts as executed
+
+
+@dataclasses.dataclass
+class Schedule:
+    """What one compiled function takes."""
+
+    cycles: int = 0
+    skippable: int = 0  # of these, in parts that the kernels can jump over
+    parts: int = 0  # the most of these in one kernel
+    temp_mib: float = 0.0
+
+    def executed(self, share: float) -> float:
+        """Returns the cycles, if this share of the parts is executed."""
+        return self.cycles - (1 - share) * self.skippable
+
+
+def compiled(chip: str, function: Callable, *args: Any) -> Schedule:
+    """Compiles `function` for one chip.
+
+    Args:
+        args: Trees of anything with a shape and a dtype.
+    """
+    here = SingleDeviceSharding(_device(chip))
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args
+    )
+    for path in _DUMP.iterdir():
+        path.unlink()
+    program = jax.jit(function).lower(*args).compile()
+    found = Schedule(temp_mib=program.memory_analysis().temp_size_in_bytes / 2**20)
+    paths = [x for x in _DUMP.glob(_FILES) if "schedule" not in x.name]
+    if not paths:
+        raise RuntimeError(f"the compiler wrote no schedule ({_FILES})")
+    times = loops(program.as_text())
+    for path in paths:
+        with path.open(errors="replace") as lines:
+            cycles, skippable, parts = read(lines)
+        name = _NAME.sub(r"\1", path.name)
+        found.cycles += cycles * times.get(name, 1)
+        found.skippable += skippable * times.get(name, 1)
+        found.parts = max(found.parts, parts)
+    return found
+
+
+@functools.cache
+def _device(chip: str) -> Any:
+    name = TOPOLOGIES[chip]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+
+
+def loops(program: str) -> dict[str, int]:
+    """Returns how often each instruction of a program in HLO is executed.
+
+    A loop ends at the constant in its condition; without one, it counts once.
+    """
+    callers, lies_in, last, computation = {}, {}, {}, ""
+    for line in program.splitlines():
+        if header := _COMPUTATION.match(line):
+            computation = header[1]
+        elif instruction := _INSTRUCTION.match(line):
+            lies_in[instruction[1]] = computation
+            if constant := _CONSTANT.search(line):
+                last[computation] = int(constant[1])
+            if loop := _WHILE.search(line):
+                callers[loop[2]] = computation, loop[1]
+
+    def times(computation):
+        if computation not in callers:
+            return 1
+        caller, condition = callers[computation]
+        return last.get(condition, 1) * times(caller)
+
+    return {name: times(computation) for name, computation in lies_in.items()}
+
+
+def read(lines: Any) -> tuple[int, int, int]:
+    """Returns the cycles of a kernel, those that can be jumped over, in how many parts.
+
+    A part is the innermost that a jump leaves out, inside of a step that another does.
+    A loop whose trip count is not known counts once.
+    """
+    trips_of, jumps, length, at = {}, [], 0, 0
+    for line in lines:
+        bundle = _BUNDLE.match(line)
+        if not bundle:
+            continue
+        at = int(bundle[1], 16)
+        length = max(length, at + 1)
+        for test in _TEST.finditer(line):
+            trips_of[test[1]] = int(test[2])
+        jumps += [(at, int(jump[2]), jump[1]) for jump in _JUMP.finditer(line)]
+    times = [1] * length
+    for at, to, test in jumps:
+        if to <= at:
+            for n in range(to, min(at + _DELAY, length)):
+                times[n] *= trips_of.get(test, 1)
+    ahead = [(at + _DELAY, to) for at, to, _ in jumps if to - at > _SMALL]
+    parts = [x for x in ahead if any(_holds(y, x) for y in ahead)]
+    parts = [x for x in parts if not any(_holds(x, y) for y in ahead)]
+    return sum(times), sum(sum(times[slice(*part)]) for part in parts), len(parts)
+
+
+def _holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+    return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
