@@ -89,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _commands.export)
     _add_converted(export)
     export.add_argument(
-        "file", type=Path, metavar="FILE", help="to write; ends in .safetensors"
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="to write: a file if it ends in .safetensors, else a folder of such files",
     )
     export.add_argument(
         "--all-biases",

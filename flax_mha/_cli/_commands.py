@@ -20,7 +20,7 @@ from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._arrays import Spec, few, specs
 from flax_mha.convert._config import heads_in
 from flax_mha.convert._draft import draft_tree
-from flax_mha.convert._files.replacing import check_file, check_params
+from flax_mha.convert._files.replacing import check_params, check_state_dict
 
 
 def convert_(args: argparse.Namespace) -> int:
@@ -100,7 +100,7 @@ def verify(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write converted parameters, changed since or not, back for PyTorch."""
     _check_apart(args.file, args.out)
-    check_file(args.file, args.overwrite)
+    check_state_dict(args.file, args.overwrite)
     with _progress() as progress:
         params, conversion = _load_converted(args.out, progress)
         state_dict = conversion.state_dict(params, all_biases=args.all_biases)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from flax_mha.convert._processes import whole
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,18 +35,31 @@ class Spec:
         return f"{self.dtype}{list(self.shape)}"
 
 
+View = Callable[[np.ndarray], np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyArray(Spec):
-    """A tensor in a file: what it is, and how to read it into a new array."""
+    """A tensor in a file: what it is, and how to read it into a new array.
+
+    Attributes:
+        read: Reads all of it.
+        read_view: Reads only what a view of it would see; or None, where all of it has
+            to be known for any part.
+    """
 
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    read_view: Callable[[View], np.ndarray] | None = dataclasses.field(
+        default=None, repr=False
+    )
 
 
 def as_numpy(tensor: Any, name: str) -> np.ndarray:
     """Returns the same bits as a NumPy array, without a copy where it can.
 
     Args:
-        tensor: A NumPy array, a JAX array or a torch tensor of any dtype and device.
+        tensor: A NumPy array, a JAX array or a torch tensor of any dtype and device. Of
+            a JAX array that is divided over processes, all have to ask.
         name: What messages call it.
 
     Raises:
@@ -59,8 +74,16 @@ def as_numpy(tensor: Any, name: str) -> np.ndarray:
     import jax  # if it is not there yet, neither is an array of it
 
     if isinstance(tensor, jax.Array):
-        return np.asarray(tensor)
+        return np.asarray(whole(tensor))
     raise _not_an_array(tensor, name)
+
+
+def seen(state_dict: Mapping[str, Any], name: str, view: View) -> np.ndarray:
+    """Returns a view of a tensor; of a `Checkpoint`, reads only what it sees."""
+    lazy = getattr(state_dict, "_lazy_arrays", {}).get(name)
+    if lazy is None:
+        return view(as_numpy(state_dict[name], name))
+    return lazy.read_view(view) if lazy.read_view else view(lazy.read())
 
 
 def specs(state_dict: Mapping[str, Any]) -> dict[str, Spec]:

@@ -116,7 +116,8 @@ class Conversion:
             place: Called for each parameter with its path, the logical names of its
                 axes, and its shape and dtype; returns the `jax.sharding.Sharding` to
                 put it on, of which each device gets its part straight from the host,
-                or None to leave it a NumPy array. Without `place`, all are.
+                or None to leave it a NumPy array. Without `place`, all are. Of what
+                lies in order in a file, each process reads only its devices' bytes.
 
         Returns:
             Nested dicts. JAX arrays, of `place`, are copies. NumPy arrays are views of
@@ -136,7 +137,11 @@ class Conversion:
         for entry in self.entries:
             spec = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
             sharding = place and place(entry.path, entry.axes, spec)
-            flat[entry.path] = _placed(entry.param(state_dict), sharding)
+            flat[entry.path] = (
+                entry.param(state_dict)
+                if sharding is None
+                else _placed(entry, state_dict, sharding)
+            )
         return unflatten_dict(flat, sep="/")
 
     def state_dict(
@@ -151,7 +156,9 @@ class Conversion:
                 were converted to zeros, and training may have changed them.
 
         Returns:
-            A mapping that rearranges a tensor each time it is asked for it.
+            A mapping that rearranges a tensor each time it is asked for it. If the
+            parameters are divided over processes, it gathers the tensor, and all have
+            to ask; `save_safetensors` does so.
 
         Raises:
             ValueError: A parameter is missing, unexpected or misshapen; or, without
@@ -231,23 +238,28 @@ def _entry(fields: dict[str, Any]) -> Entry:
 
 
 def _placed(
-    param: np.ndarray, sharding: "jax.sharding.Sharding | None"
-) -> "np.ndarray | jax.Array":
-    """Puts a copy of each device's part on it, and waits, to let the host forget it."""
-    if sharding is None:
-        return param
+    entry: Entry, state_dict: Mapping[str, Any], sharding: "jax.sharding.Sharding"
+) -> "jax.Array":
+    """Puts each device's part on it, and waits, to let the host forget it."""
     import jax
 
-    if jax.dtypes.canonicalize_dtype(param.dtype) != param.dtype:
+    if jax.dtypes.canonicalize_dtype(entry.dtype) != entry.dtype:
         raise ValueError(
-            f"place must leave parameters of dtype {param.dtype} to NumPy unless JAX "
+            f"place must leave parameters of dtype {entry.dtype} to NumPy unless JAX "
             "has it: set jax_enable_x64."
         )
+    whole = None if entry.has_parts(state_dict) else entry.param(state_dict)
+    parts: dict[str, np.ndarray] = {}
 
     def part(at: Any) -> np.ndarray:
         # A CPU would keep the memory itself, and whoever has the tensor may change it.
-        return np.array(param[at], order="C")
+        if whole is not None:
+            return np.array(whole[at], order="C")
+        if str(at) not in parts:  # once, also where several devices hold the same
+            parts[str(at)] = np.asarray(entry.param(state_dict, at), order="C")
+            return parts[str(at)]
+        return parts[str(at)].copy()
 
     return jax.block_until_ready(
-        jax.make_array_from_callback(param.shape, sharding, part)
+        jax.make_array_from_callback(entry.shape, sharding, part, dtype=entry.dtype)
     )

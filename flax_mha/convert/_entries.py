@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_mha.convert._arrays import Spec, as_numpy
+from flax_mha.convert._arrays import Spec, seen
+from flax_mha.convert._processes import is_divided, whole
 
 Axes = tuple[str | None, ...]
 
@@ -50,7 +51,9 @@ class Entry:
         }
         axes = sorted(self.order) == list(range(len(self._viewed)))
         absent = set(self.absent) <= set(self.keys)
-        if len(sizes) > 1 or not axes or not self.keys or not absent:
+        rows = {math.prod(self.shape[:n]) for n in range(len(self.shape) + 1)}
+        there = self.keys and absent and len(self.keys) in rows
+        if len(sizes) > 1 or not axes or not there:
             raise ValueError(f"{self} does not rearrange its tensors.")
 
     @property
@@ -66,28 +69,63 @@ class Entry:
         """That of each tensor with its axes in Flax's order."""
         return tuple(self._viewed[axis] for axis in self.order)
 
-    def param(self, state_dict: Mapping[str, Any]) -> np.ndarray:
-        """Returns the parameter; a view where it is of one tensor in memory."""
+    def param(
+        self, state_dict: Mapping[str, Any], at: tuple[slice, ...] = ()
+    ) -> np.ndarray:
+        """Returns the parameter, or a part; a view where it is of one tensor in memory.
 
-        def moved(key: str) -> np.ndarray:
-            tensor = as_numpy(state_dict[key], key)
-            return tensor.reshape(self._viewed).transpose(self.order)
+        Args:
+            state_dict: Of a `Checkpoint`, only the bytes of the part are read.
+            at: Where the part is: a slice of each axis; without it, all.
+        """
+        at = at or (slice(None),) * len(self.shape)
 
-        if len(self.keys) == 1 and not self.absent:
-            return moved(self.keys[0]).reshape(self.shape)
-        rows = np.zeros((len(self.keys), *self.moved_shape), self.dtype)
+        def part(key: str) -> np.ndarray:
+            return seen(
+                state_dict, key, lambda tensor: self._moved(tensor)[(*at[rows:], ...)]
+            )
+
+        rows = self._row_axes
+        if rows == 0 and not self.absent:
+            return part(self.keys[0])
+        wanted = np.arange(len(self.keys)).reshape(self.shape[:rows])[at[:rows]]
+        sizes = [
+            len(range(size)[some]) for size, some in zip(self.shape, at, strict=True)
+        ]
+        param = np.zeros((wanted.size, *sizes[rows:]), self.dtype)
         absent = set(self.absent)
-        for row, key in enumerate(self.keys):
-            if key not in absent:
-                rows[row] = moved(key)
-        return rows.reshape(self.shape)
+        for row, index in enumerate(wanted.flat):
+            if self.keys[index] not in absent:
+                param[row] = part(self.keys[index])
+        return param.reshape(sizes)
+
+    def has_parts(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether parts can be read by themselves: not of what is computed."""
+        lazy = getattr(state_dict, "_lazy_arrays", {})
+        there = set(self.keys) - set(self.absent)
+        return all(key in lazy and lazy[key].read_view for key in there)
+
+    @property
+    def _row_axes(self) -> int:
+        """How many axes of the parameter its tensors are the rows of."""
+        sizes = [math.prod(self.shape[:n]) for n in range(len(self.shape) + 1)]
+        return sizes.index(len(self.keys))
+
+    def _moved(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns a tensor as the parameter has it, without its rows; a view."""
+        moved = tensor.reshape(self._viewed).transpose(self.order)
+        return moved.reshape(self.shape[self._row_axes :])
 
     def tensor(self, param: Any, row: int) -> np.ndarray:
         """Returns the tensor of the key at `row`; undoes `param`."""
-        rows = np.reshape(np.asarray(param), (len(self.keys), *self.moved_shape))
+        at = np.unravel_index(row, self.shape[: self._row_axes])
+        if is_divided(param):
+            moved = whole(param, tuple(map(int, at)))
+        else:
+            moved = np.asarray(param)[at]  # JAX keeps what it has fetched
         back = np.argsort(self.order).tolist()
-        tensor = rows[row].transpose(back).reshape(self.torch_shape)
-        return np.asarray(tensor, order="C")
+        tensor = np.reshape(moved, self.moved_shape).transpose(back)
+        return np.asarray(tensor.reshape(self.torch_shape), order="C")
 
 
 class StateDict(Mapping):
@@ -106,6 +144,11 @@ class StateDict(Mapping):
             if key not in absent
         }
         self._flat = flat
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a tensor is divided over processes."""
+        return any(map(is_divided, self._flat.values()))
 
     @property
     def specs(self) -> dict[str, Spec]:

@@ -143,12 +143,11 @@ import os, sys
 from flax_mha._cli import program
 from flax_mha.convert._files import safetensors
 
-def write(file, *_):
-    file.write(bytes(1000))
-    file.flush()
+def write(path, *_):
+    path.write_bytes(bytes(1000))
     os.kill(os.getpid(), int(number))
 
-safetensors.write = write
+safetensors.write_file = write
 _, number, *paths = sys.argv
 sys.argv = ["flax-mha", "convert", *paths, "--num-heads", "2", "--overwrite"]
 program()

@@ -1,6 +1,7 @@
 """Files that are written: whole or not at all, and restored bit for bit."""
 
 import errno
+import json
 import pathlib
 import resource
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from flax_mha import convert
 from flax_mha.convert import (
@@ -18,7 +20,7 @@ from flax_mha.convert import (
     save_params,
     save_safetensors,
 )
-from tests.convert.test_files import ONES, assert_raises
+from tests.convert.test_files import ONES, assert_raises, assert_same
 
 
 @pytest.fixture
@@ -48,6 +50,7 @@ WRITERS = {
         save_safetensors,
         {"a": TREE["layers_0"]["kernel"]},
     ),
+    "folder": ("folder", save_safetensors, {"a": TREE["layers_0"]["kernel"]}),
     "params": ("a.safetensors", save_params, TREE),
     "orbax": ("folder", save_params, TREE),
 }
@@ -100,11 +103,45 @@ def test_a_lazy_mapping_that_fails_leaves_nothing(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path):
+    save_safetensors(tmp_path / "model.safetensors", ONES)
     (tmp_path / "thesis.tex").write_text("years of work")
+    before = files_below(tmp_path)
     for path in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(FileExistsError, match="is no Orbax checkpoint"):
             save_params(path, TREE, overwrite=True)
-    assert files_below(tmp_path) == {"thesis.tex": b"years of work"}
+        with pytest.raises(FileExistsError, match=r"a model's tensors only: thesis"):
+            save_safetensors(path, ONES, overwrite=True)
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", ["5GB", 0, 1e9])
+def test_a_size_of_files_is_a_number_of_bytes(tmp_path, size):
+    with pytest.raises(ValueError, match=f"must be a number of bytes, got {size!r}"):
+        save_safetensors(tmp_path / "m", ONES, max_file_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_has_files_of_a_size_and_their_index(tmp_path):
+    large, small = np.ones((10, 10), "float32"), np.ones(20, "float16")
+    tensors = {"a": small, "b": small, "c": small, "large": large, "d": small}
+    save_safetensors(tmp_path / "m", tensors, {"by": "us"}, max_file_size=100)
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    files = [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
+    names = [["a", "b"], ["c"], ["large"], ["d"]]
+    assert index == {
+        "metadata": {"total_size": 560},
+        "weight_map": {
+            name: file for file, part in zip(files, names, strict=True) for name in part
+        },
+    }
+    for file, part in zip(files, names, strict=True):
+        with safe_open(tmp_path / "m" / file, "numpy") as opened:
+            assert opened.metadata() == {"format": "pt", "by": "us"}
+            assert sorted(opened.keys()) == part
+    assert_same(read_state_dict(tmp_path / "m"), tensors)
+    save_safetensors(tmp_path / "m", {"a": small}, overwrite=True)
+    assert list(files_below(tmp_path)) == ["m/model.safetensors"]
+    assert_same(read_state_dict(tmp_path / "m"), {"a": small})
 
 
 NOT_WRITTEN = {

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import pathlib
 import re
 import shlex
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from examples import train
 from flax_mha._cli import main
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,6 +24,10 @@ README_BLOCKS = [
     code for kind, code in BLOCK.findall(README.read_text()) if kind == "python"
 ]
 PICTURES = sorted((ROOT / "docs" / "pictures").iterdir())
+
+
+# Programs that pages name for readers, and tests do not run.
+READERS = ("cd", "export", "gcloud", "pip", "python", "source", "uv")
 
 
 def name(path):
@@ -73,19 +79,40 @@ def words(text):
 
 
 def run_commands(block):
-    """Runs the lines of flax-mha; those of other programs are for readers."""
+    """Runs flax-mha, and parses what train.py is given; the rest is for readers."""
     for line in block.splitlines():
-        program, *argv = shlex.split(line)
-        if program == "flax-mha":
-            assert main(argv) == 0, line
-        else:
-            assert program in ("pip", "export"), line
+        for program, *argv in commands(line):
+            if program == "flax-mha":
+                assert main(argv) == 0, line
+            elif argv[:2] == ["-m", "examples.train"]:
+                train.arguments(argv[2:])
+            else:
+                program = pathlib.Path(program).name
+                assert program in READERS, line
+
+
+def commands(line):
+    """Yields the words of each command of a line, also of those for another machine."""
+    words = shlex.split(line)
+    for is_and, command in itertools.groupby(words, "&&".__eq__):
+        if not is_and:
+            yield list(command)
+    for word in words:
+        if word.startswith("--command="):
+            yield from commands(word.removeprefix("--command="))
+
+
+def test_a_command_for_another_machine_is_seen():
+    line = "gcloud ssh --command='cd a && python -m examples.train run --stops 3'"
+    assert [program for program, *_ in commands(line)] == ["gcloud", "cd", "python"]
+    with pytest.raises(SystemExit):
+        run_commands(line)
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=name)
 def test_every_file_and_extra_that_a_page_names_exists(page):
     text = page.read_text()
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for link in re.findall(r"\]\((?!https:)([^)#]+)[^)]*\)", text):
         assert (page.parent / link).exists(), link
     for path in re.findall(r"(?:`|python )((?:docs|examples|tests)/[^` \n]+)", text):
         assert (ROOT / path).exists(), path

@@ -119,6 +119,8 @@ def _lazy(name: str, value: Any) -> LazyArray | None:
         return value.of_name(name)
     if not is_array(value):
         return None  # beside tensors in a container
+    if isinstance(value, LazyArray):
+        return value
     return LazyArray(value.shape, value.dtype, value.read)
 
 

@@ -71,19 +71,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self.specs: Mapping[str, Spec] = types.MappingProxyType(
             {name: Spec(array.shape, array.dtype) for name, array in arrays.items()}
         )
-        self._arrays = arrays
+        self._lazy_arrays = arrays  # of which an Entry reads parts
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name].read()
+        return self._lazy_arrays[name].read()
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read
-        return name in self._arrays
+        return name in self._lazy_arrays
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
+        return iter(self._lazy_arrays)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._lazy_arrays)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"

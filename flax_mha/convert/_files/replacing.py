@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
+from flax_mha.convert._arrays import few
 from flax_mha.convert._files.folders import ORBAX
 
 # Endings of other kinds of files; and what is almost ours.
@@ -21,6 +22,7 @@ _FILES = {
     *(".json", ".zip", ".onnx", ".gguf", ".hdf5", ".keras", ".tar", ".gz", ".pb"),
     *(".safetensor", ".safetensors"),
 }
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _NAME = re.compile(r"[0-9a-f]{8}\.tmp")
 _OLD = "replaced"
 # Of Linux' renameat2.
@@ -87,6 +89,25 @@ def check(path: pathlib.Path, overwrite: bool) -> None:
         )
 
 
+def check_state_dict(path: pathlib.Path, overwrite: bool) -> None:
+    """Refuses a path that `save_safetensors` would not write to."""
+    if path.suffix == ".safetensors":
+        check_file(path, overwrite)
+        return
+    _check_name(path)
+    beside = (
+        [p.name for p in path.iterdir() if not _WEIGHTS.fullmatch(p.name)]
+        if path.is_dir()
+        else [path.name] * path.exists()
+    )
+    if beside:
+        raise FileExistsError(
+            f"{str(path)!r} exists, and not of a model's tensors only: {few(beside)}; "
+            "give another path."
+        )
+    check(path, overwrite)
+
+
 def check_file(path: pathlib.Path, overwrite: bool) -> None:
     """Refuses a path that `save_safetensors` would not write to."""
     if path.suffix != ".safetensors":
@@ -101,14 +122,19 @@ def check_params(path: pathlib.Path, overwrite: bool) -> None:
     if path.suffix == ".safetensors":
         check_file(path, overwrite)
         return
+    _check_name(path)
+    if path.exists() and not (path / ORBAX).exists():
+        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
+    check(path, overwrite)
+
+
+def _check_name(path: pathlib.Path) -> None:
+    """Refuses the name of another kind of file for a folder."""
     if path.suffix.lower() in _FILES:
         raise ValueError(
             f"path must end in .safetensors for a file, or be a folder's, got "
             f"{str(path)!r}."
         )
-    if path.exists() and not (path / ORBAX).exists():
-        raise FileExistsError(f"{str(path)!r} exists, and is no Orbax checkpoint.")
-    check(path, overwrite)
 
 
 def _put(new: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
@@ -57,27 +57,33 @@ def read(source: Source) -> tuple[dict[str, LazyArray], dict[str, str]]:
         end = last
     if start + end != source.size:
         raise _broken(path, f"it must have {start + end} bytes, got {source.size}")
-    arrays = {
-        name: LazyArray(
-            shape,
-            dtype,
-            functools.partial(source.array, start + first, shape, dtype),
-        )
-        for name, (dtype, shape, first, _) in places.items()
-    }
+    arrays = {}
+    for name, (dtype, shape, first, _) in places.items():
+        read = functools.partial(source.array, start + first, shape, dtype)
+        arrays[name] = LazyArray(shape, dtype, read, read)
     return arrays, metadata
 
 
-def write(
-    file: BinaryIO, state_dict: Mapping[str, Any], metadata: Mapping[str, str]
+def write_file(
+    path: pathlib.Path,
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Writes a whole file; each tensor is asked for when it is its turn.
+    """Writes a new file; each tensor is asked for when it is its turn.
+
+    Args:
+        path: Of the file.
+        state_dict: Name to tensor.
+        metadata: Texts of the header.
+        names: Of the tensors to write; all, if None.
 
     Raises:
         TypeError: A value is no array, or a name or text is no string.
         ValueError: A dtype has no name in the format.
     """
     wanted = specs(state_dict)
+    wanted = wanted if names is None else {name: wanted[name] for name in names}
     if not _is_texts(metadata) or not all(isinstance(name, str) for name in wanted):
         raise TypeError("names, and the texts of metadata, must be strings.")
     # The widest first, so that each is aligned, which PyTorch needs.
@@ -96,15 +102,16 @@ def write(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        array = as_numpy(state_dict[name], name)
-        if (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
-            raise ValueError(
-                f"{name} must be {wanted[name]} when written, as it was before, "
-                f"got {array.dtype}{list(array.shape)}."
-            )
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = as_numpy(state_dict[name], name)
+            if (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
+                raise ValueError(
+                    f"{name} must be {wanted[name]} when written, as it was before, "
+                    f"got {array.dtype}{list(array.shape)}."
+                )
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _header(file: BinaryIO, source: Source) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from flax_mha.convert._arrays import View
+from flax_mha.convert._files.strided import read_view
+
 
 class Source:
     """A file, or what was read of one, from which arrays are read when they are needed.
@@ -27,38 +30,48 @@ class Source:
             self._stamp = None if content is not None else _stamp(file)
             self.size = file.seek(0, os.SEEK_END)
 
-    def open(self) -> BinaryIO:
+    def open(self, buffering: int = -1) -> BinaryIO:
         """Opens it at its beginning.
+
+        Args:
+            buffering: As of Python's `open`; 0 reads no byte more than it is asked for.
 
         Raises:
             ValueError: It has changed since it was opened first.
         """
         if self._content is not None:
             return io.BytesIO(self._content)
-        file = self.path.open("rb")
+        file = self.path.open("rb", buffering)
         if self._stamp in (None, _stamp(file)):
             return file
         file.close()
         raise ValueError(f"{str(self.path)!r} has changed since it was opened.")
 
-    def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Returns a new array of the bytes from there on.
+    def array(
+        self,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        view: View = np.asarray,
+    ) -> np.ndarray:
+        """Returns a new array of what a view sees of the bytes from there on.
 
         Not a view of a memory map: the process would crash if the file were cut later.
 
+        Args:
+            offset: Of the array's first byte.
+            shape: Of the array in the file.
+            dtype: Of its elements.
+            view: Makes of an array what is wanted of it; without it, all.
+
         Raises:
-            ValueError: It ends before, or has changed.
+            ValueError: The file ends before, or has changed.
         """
-        array = np.empty(shape, dtype)
-        rest = array.reshape(-1).view(np.uint8).data
-        with self.open() as file:
-            file.seek(offset)
-            while len(rest):  # one call reads at most 2 GiB
-                count = file.readinto(rest)  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError(f"{str(self.path)!r} has been cut off.")
-                rest = rest[count:]
-        return array
+        with self.open(buffering=0) as file:
+            try:
+                return read_view(file, offset, shape, dtype, view)
+            except EOFError:
+                raise ValueError(f"{str(self.path)!r} has been cut off.") from None
 
 
 @contextlib.contextmanager

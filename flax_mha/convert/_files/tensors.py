@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_mha.convert._arrays import LazyArray, Spec, numpy_dtype
+from flax_mha.convert._arrays import LazyArray, Spec, View, numpy_dtype
 from flax_mha.convert._files.source import Source
 from flax_mha.convert._files.unpickle import Inert, attributes, ordered_dict
 
@@ -55,14 +55,20 @@ class Storage:
     source: Source
     place: Callable[[], tuple[int, int]]
 
-    def elements(self, dtype: np.dtype, first: int, count: int) -> np.ndarray:
-        """Returns a new array of some of its elements."""
+    def array(
+        self,
+        dtype: np.dtype,
+        first: int,
+        shape: tuple[int, ...],
+        view: View = np.asarray,
+    ) -> np.ndarray:
+        """Returns a new array of what a view sees of its elements from `first` on."""
         start, size = self.place()
-        if (first + count) * dtype.itemsize > size:
+        if (first + math.prod(shape)) * dtype.itemsize > size:
             raise ValueError(
                 f"{str(self.source.path)!r} is broken: a tensor ends behind its bytes."
             )
-        return self.source.array(start + first * dtype.itemsize, (count,), dtype)
+        return self.source.array(start + first * dtype.itemsize, shape, dtype, view)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +126,9 @@ def strided(
         return NoArray(str(error).removeprefix("it ").rstrip("."))
     flags = flags if isinstance(flags, dict) else {}
     change = [name for name in ("conj", "neg") if flags.get(name)]
+    if 0 not in shape and not change and steps == _in_order(shape, steps):
+        read = functools.partial(storage.array, held, offset, shape)
+        return LazyArray(shape, held, read, read)
     read = functools.partial(_read, storage, offset, shape, steps, held, change)
     return LazyArray(shape, held, read)
 
@@ -136,13 +145,11 @@ def _read(
     if 0 in shape:
         return np.empty(shape, dtype)
     span = sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
-    flat = storage.elements(dtype, offset, span + 1)
+    flat = storage.array(dtype, offset, (span + 1,))
     if "conj" in change:
         flat = flat.conj()
     if "neg" in change:
         flat = -flat
-    if flat.size == math.prod(shape) and steps == _in_order(shape, steps):
-        return flat.reshape(shape)
     in_bytes = [step * dtype.itemsize for step in steps]
     view = np.lib.stride_tricks.as_strided(flat, shape, in_bytes, writeable=False)
     return np.array(view, order="C")

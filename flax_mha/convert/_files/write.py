@@ -3,18 +3,19 @@
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_mha.convert._arrays import as_numpy, few
+from flax_mha.convert._arrays import as_numpy, few, specs
 from flax_mha.convert._conversion import Conversion
-from flax_mha.convert._files import replacing, safetensors
+from flax_mha.convert._files import folder_writer, replacing, safetensors
 from flax_mha.convert._files.folders import ORBAX, OURS, OURS_IN_FOLDER
 from flax_mha.convert._files.source import Source
+from flax_mha.convert._processes import holds_divided, is_divided, write_in_first
 
 
 def save_safetensors(
@@ -23,30 +24,55 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     overwrite: bool = False,
+    max_file_size: int = 5_000_000_000,
 ) -> None:
-    """Writes a state_dict to a `.safetensors` file, for PyTorch or anybody.
+    """Writes a state_dict as safetensors, for PyTorch or anybody.
 
     Every dtype is kept, bfloat16 and float8 too. Tensors are asked for and written one
-    at a time, so that a lazy mapping never has two in memory. The file appears when it
-    is complete; if anything fails there is none, and an older one is untouched.
+    at a time, so that a lazy mapping never has two in memory. The file or folder
+    appears when it is complete; if anything fails there is none, and an older one is
+    untouched.
+
+    Of arrays that are divided over processes, all have to call this. The first one
+    writes; each tensor is gathered when it is its turn.
 
     Args:
-        path: Ends in `.safetensors`.
+        path: Ends in `.safetensors`: one file. Any other: a folder, as Hugging Face's
+            libraries write and read it, of `model.safetensors`, or of several files and
+            `model.safetensors.index.json`.
         state_dict: Name to NumPy array, JAX array or torch tensor: a `Checkpoint`, say,
             or what `state_dict_from_params` returns.
-        metadata: More text for the file's header, by name.
-        overwrite: Whether an existing file may be replaced.
+        metadata: More text for the header of each file, by name.
+        overwrite: Whether an existing file, or a folder of such files only, may be
+            replaced.
+        max_file_size: Bytes of tensors in each file of a folder, but for a tensor that
+            alone has more.
 
     Raises:
-        FileExistsError: The file exists, and may not be replaced.
-        ValueError: A dtype has no name in the format, or `path` has another ending.
+        FileExistsError: `path` exists, and may not be replaced.
+        ValueError: A dtype has no name in the format, or `path` has the ending of
+            another kind of file, or `max_file_size` is no number of bytes.
         TypeError: A value is no array, or a name or text is no string.
-        OSError: It could not be written; the disk is full, say.
+        OSError: It could not be written; the disk is full, say. Of several processes,
+            the first one has the reason.
     """
     path = pathlib.Path(path)
-    replacing.check_file(path, overwrite)
+    if not isinstance(max_file_size, int) or max_file_size < 1:
+        raise ValueError(
+            f"max_file_size must be a number of bytes, got {max_file_size!r}."
+        )
     # "format" is what Hugging Face's transformers want to know.
-    _write_file(path, state_dict, {"format": "pt", **(metadata or {})}, overwrite)
+    metadata = {"format": "pt", **(metadata or {})}
+
+    def write(state_dict: Mapping[str, Any]) -> None:
+        replacing.check_state_dict(path, overwrite)
+        with replacing.replacing(path, overwrite) as new:
+            if path.suffix == ".safetensors":
+                safetensors.write_file(new, state_dict, metadata)
+            else:
+                folder_writer.write(new, state_dict, metadata, max_file_size)
+
+    _write_once(write, state_dict)
 
 
 def save_params(
@@ -76,17 +102,22 @@ def save_params(
         OSError: It could not be written; the disk is full, say.
     """
     path = pathlib.Path(path)
-    replacing.check_params(path, overwrite)
     flat = _flat(params)
     if conversion is not None:
         # Which only its own parameters have, trained or not.
         conversion.state_dict(params, all_biases=True)
     text = None if conversion is None else conversion.to_json()
     if path.suffix == ".safetensors":
-        named = {"/".join(names): leaf for names, leaf in flat.items()}
-        _write_file(path, named, {OURS: text or "null"}, overwrite)
+
+        def write(named: Mapping[str, Any]) -> None:
+            replacing.check_params(path, overwrite)
+            with replacing.replacing(path, overwrite) as new:
+                safetensors.write_file(new, named, {OURS: text or "null"})
+
+        _write_once(write, {"/".join(names): leaf for names, leaf in flat.items()})
         return
-    _check_elements(flat)
+    replacing.check_params(path, overwrite)
+    _check_for_orbax(flat)
     import orbax.checkpoint as ocp  # takes a while; before there is anything to tidy
 
     with replacing.replacing(path, overwrite) as new:
@@ -121,7 +152,23 @@ def load_params(
     return params, _conversion(metadata[OURS], params, path)
 
 
-def _check_elements(flat: Mapping[tuple[str, ...], Any]) -> None:
+def _write_once(
+    write: Callable[[Mapping[str, Any]], None], arrays: Mapping[str, Any]
+) -> None:
+    """Calls `write`, where arrays are divided over processes in the first one."""
+    if holds_divided(arrays):
+        write_in_first(write, arrays, specs(arrays))
+    else:
+        write(arrays)
+
+
+def _check_for_orbax(flat: Mapping[tuple[str, ...], Any]) -> None:
+    divided = ["/".join(names) for names, leaf in flat.items() if is_divided(leaf)]
+    if divided:
+        raise ValueError(
+            f"params must be in this process as a whole, but {few(divided)} is divided "
+            "over several: write a .safetensors file, or use Orbax itself."
+        )
     empty = ["/".join(names) for names, leaf in flat.items() if np.size(leaf) == 0]
     if empty:
         raise ValueError(
@@ -193,13 +240,3 @@ def _flat(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
                 f"names in params must be strings without a slash, got {names}."
             )
     return flat
-
-
-def _write_file(
-    path: pathlib.Path,
-    arrays: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    overwrite: bool,
-) -> None:
-    with replacing.replacing(path, overwrite) as new, new.open("xb") as file:
-        safetensors.write(file, arrays, metadata)

@@ -214,15 +214,12 @@ def test_all_layers_verify_also_those_of_separate_linears(client):
 
 
 def test_its_own_from_pretrained_takes_what_comes_back(client, tmp_path):
-    shutil.copy(client.checkpoint.path / "config.json", tmp_path)
-    convert.save_safetensors(
-        tmp_path / "model.safetensors",
-        client.conversion.state_dict(client.params),
-        metadata={"format": "pt"},
-    )
-    loaded, info = type(client.model).from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    folder = tmp_path / "model"
+    state_dict = client.conversion.state_dict(client.params)
+    convert.save_safetensors(folder, state_dict, max_file_size=10_000)
+    assert (folder / "model.safetensors.index.json").exists()
+    shutil.copy(client.checkpoint.path / "config.json", folder)
+    loaded, info = type(client.model).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     want = client.model.state_dict()
     assert loaded.state_dict().keys() == want.keys()

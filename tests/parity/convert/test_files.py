@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.nn.utils import parametrizations, prune
 
 from flax_mha.convert import read_state_dict, save_safetensors
+from flax_mha.convert._files import strided
 from tests.convert.test_files import WRONG_FILES, assert_raises, packed, tensor
 
 DTYPES = [
@@ -92,6 +93,24 @@ def test_views_and_tied_tensors_are_read_as_what_they_are(tmp_path, suffix, zipp
     torch.save(want, path, _use_new_zipfile_serialization=zipped)
     want = {name: value.resolve_conj().resolve_neg() for name, value in want.items()}
     assert_same_bits(read_state_dict(path), want)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older format"])
+def test_of_a_tensor_in_order_a_part_is_read_by_itself(tmp_path, monkeypatch, zipped):
+    want = torch.randn(6, 40, 30)
+    turned = {"a": want, "turned": want.mT, "rows": want[2:]}
+    torch.save(turned, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    fill, reads = strided._fill, []
+    monkeypatch.setattr(
+        strided, "_fill", lambda *args: reads.append(args[2].nbytes) or fill(*args)
+    )
+    lazy = read_state_dict(tmp_path / "a.pt")._lazy_arrays
+    assert lazy["turned"].read_view is None
+    for name in ("a", "rows"):
+        reads.clear()
+        part = lazy[name].read_view(lambda a: a[3:, 10:20])
+        np.testing.assert_array_equal(part, turned[name][3:, 10:20])
+        assert sum(reads) == part.nbytes
 
 
 def test_views_and_tied_tensors_are_written_as_what_they_are(tmp_path):
