@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_mha import RaggedArray
@@ -106,7 +107,10 @@ def program(items):
 
 
 def laid(offsets, max_len, values):
-    return RaggedArray(values, offsets, max_len)
+    """Returns all elements but the first, which is what comes before the others."""
+    library = np if isinstance(offsets, np.ndarray) else jnp
+    offsets = library.concatenate([np.zeros(1, np.int32), offsets])
+    return RaggedArray(values, offsets, max_len)[1:]
 
 
 def elements(config, offsets):
