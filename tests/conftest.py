@@ -2,14 +2,11 @@ import os
 
 # JAX reads this when it starts. Eight devices on the CPU, for the tests that shard; and
 # LLVM without optimisation, as compiling takes most of the time (XLA's passes, which
-# the tests of memory look at, are the same).
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-    ]
-)
+# the tests of memory look at, are the same), unless it is asked for.
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if not os.environ.get("FLAX_MHA_OPTIMIZED"):
+    FLAGS.append("--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 # The tests that use the TPU compiler need no TPU, and must not look for one.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")

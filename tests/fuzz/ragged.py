@@ -45,6 +45,9 @@ def settle(config):
     config["batch_first"] = True
     room = min(config["tgt_room"], config["src_room"]) - config["before"]
     config["batch"] = min(config["batch"], room)
+    if config["transform"] in transforms.OF_SETS:  # long to compile
+        config.update(tgt_room=min(config["tgt_room"], 50))
+        config.update(src_room=min(config["src_room"], 50))
     if config["sources"] == "self":
         config["src_room"] = config["tgt_room"]
     if config["add_bias_kv"] or config["add_zero_attn"]:
