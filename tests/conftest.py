@@ -3,10 +3,13 @@ import os
 # JAX reads this when it starts. Eight devices on the CPU, for the tests that shard; and
 # LLVM without optimisation, as compiling takes most of the time (XLA's passes, which
 # the tests of memory look at, are the same), unless it is asked for.
-FLAGS = ["--xla_force_host_platform_device_count=8"]
-if not os.environ.get("FLAX_MHA_OPTIMIZED"):
-    FLAGS.append("--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        f"--xla_backend_optimization_level={3 * ('FLAX_MHA_OPTIMIZED' in os.environ)}",
+    ]
+)
 
 # The tests that use the TPU compiler need no TPU, and must not look for one.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
