@@ -128,7 +128,7 @@ class CachedSequences:
             return out, weights, keys.cache
         like = self.ragged
         values = take_tokens(out, like.segment_ids, like.positions)
-        return dataclasses.replace(like, values=values), weights, keys.cache
+        return like.map(lambda _: values), weights, keys.cache
 
 
 def _with_padding(query: Any, key: Any, value: Any, is_causal: bool) -> _Three:
@@ -139,7 +139,7 @@ def _with_padding(query: Any, key: Any, value: Any, is_causal: bool) -> _Three:
     def padded(x):
         if x is None:
             return None
-        return dataclasses.replace(x, values=read(x)).to_padded()
+        return x.map(lambda _: read(x)).to_padded()
 
     return each(padded, (query, key, value))
 

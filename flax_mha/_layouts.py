@@ -222,10 +222,15 @@ class Ragged(Places):
         return is_whole(target) and math.prod(plan.logits) <= WHOLE_LOGITS
 
     def _queries(self, x: Array) -> RaggedArray:
-        return RaggedArray(x[0], self.query_offsets, self.max_lens[0])
+        return _laid(x[0], self.query_offsets, self.max_lens[0])
 
     def _keys(self, x: Array) -> RaggedArray:
-        return RaggedArray(x[0], self.key_offsets, self.max_lens[1])
+        return _laid(x[0], self.key_offsets, self.max_lens[1])
+
+
+def _laid(values: Array, offsets: ArrayLike, max_len: int) -> RaggedArray:
+    """Returns what need not be checked, and may be a slice's."""
+    return RaggedArray.tree_unflatten(max_len, (values, offsets))
 
 
 def split_extra(gradients: Gradients, src_len: int, extra: Extra | None) -> Gradients:

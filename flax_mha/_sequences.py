@@ -175,7 +175,7 @@ class RaggedSequences:
     def result(
         self, out: Array, weights: Array | None, keys: Keys
     ) -> tuple[RaggedArray, Array | None]:
-        return dataclasses.replace(self.query, values=out[0]).only_tokens(), weights
+        return self.query.map(lambda _: out[0]).only_tokens(), weights
 
 
 def of_function(
@@ -271,7 +271,7 @@ class RaggedHeads:
         return _mask(attn_mask, is_causal, (len(self.query),), self.key.max_len)
 
     def result(self, out: Array) -> RaggedArray:
-        return dataclasses.replace(self.query, values=out[0])
+        return self.query.map(lambda _: out[0])
 
 
 def each(

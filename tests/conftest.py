@@ -2,12 +2,12 @@ import os
 
 # JAX reads this when it starts. Eight devices on the CPU, for the tests that shard; and
 # LLVM without optimisation, as compiling takes most of the time (XLA's passes, which
-# the tests of memory look at, are the same).
+# the tests of memory look at, are the same), unless it is asked for.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
+        f"--xla_backend_optimization_level={3 * ('FLAX_MHA_OPTIMIZED' in os.environ)}",
     ]
 )
 

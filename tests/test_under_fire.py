@@ -1,5 +1,6 @@
 """JAX's own checks, switched on, find nothing in a layer that is used rightly."""
 
+import concurrent.futures
 import functools
 
 import jax
@@ -96,6 +97,18 @@ def test_results_are_the_same_bits_each_time(call):
     first, second = (jax.tree.leaves(compiled(parameters())) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_results_are_the_same_bits_on_every_device_and_thread():
+    compiled = jax.jit(functools.partial(with_gradients, of_padded))
+    want = jax.tree.leaves(compiled(parameters()))
+
+    def on(device):
+        return jax.tree.leaves(compiled(jax.device_put(parameters(), device)))
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for got in threads.map(on, jax.devices()[:2] * 3):
+            jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_nothing_is_transferred_in_a_compiled_call():

@@ -31,9 +31,10 @@ class RaggedArray:
 
     Attributes:
         values: (capacity, ...), each token's features.
-        offsets: (batch + 1,) integers, not decreasing: element `i` is
+        offsets: (batch + 1,) integers, 0 first, and not decreasing: element `i` is
             `values[offsets[i] : offsets[i + 1]]`. Of wrong ones that are traced, for
-            which nothing can be raised, attention gives NaN.
+            which nothing can be raised, attention gives NaN. Only those of a slice,
+            `x[1:]`, begin behind 0.
         max_len: No element is longer. A Python integer, part of what is compiled for;
             the capacity if None.
 
@@ -177,7 +178,7 @@ class RaggedArray:
         """Returns this with zeros in the slack, so that sums may be over all of it."""
         is_token = self.is_token.reshape(-1, *[1] * (self.values.ndim - 1))
         values = jnp.where(is_token, self.values, jnp.zeros((), self.dtype))
-        return RaggedArray(values, self.offsets, self.max_len)
+        return self._laid_like(values, self.offsets)
 
     def lies_as(self, other: "RaggedArray") -> bool:
         """Returns whether all tokens are known to be in the same places."""
@@ -209,7 +210,7 @@ class RaggedArray:
         values = function(self.values, *(other.values for other in others))
         checks.token_values("the result of function", values, self.capacity)
         values = tokens.nan_unless(self.has_offsets_of(others), values)
-        return RaggedArray(values, self.offsets, self.max_len)
+        return self._laid_like(values, self.offsets)
 
     @property
     def fits(self) -> Array | bool:
@@ -284,11 +285,15 @@ class RaggedArray:
         if isinstance(index, slice):
             start, stop = checks.neighbours(index, len(self))
             offsets = self.offsets[start : stop + 1]
-            return RaggedArray(self.values, offsets, self.max_len)
+            return self._laid_like(self.values, offsets)
         index = checks.index(index, len(self))
         offsets = self.offsets[index : index + 2]
-        (element,) = RaggedArray(self.values, offsets, self.max_len).unbind()
+        (element,) = self._laid_like(self.values, offsets).unbind()
         return element
+
+    def _laid_like(self, values: Array, offsets: ArrayLike) -> "RaggedArray":
+        """Returns what need not be checked, and may begin behind the first token."""
+        return self.tree_unflatten(self.max_len, (values, offsets))
 
     def tree_flatten_with_keys(self):
         """Returns what JAX's functions on pytrees see."""

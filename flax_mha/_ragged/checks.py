@@ -30,6 +30,13 @@ def attributes(values: ArrayLike, offsets: ArrayLike, max_len: int | None) -> No
     if max_len is not None:
         arguments.size("max_len", max_len)
     lengths_fit(offsets, values.shape[0], max_len)
+    host = arguments.known(offsets)
+    if host is not None and host[0] != 0:
+        raise ValueError(
+            f"offsets must begin with 0, got {host}. Of lengths, make them by "
+            "np.cumsum([0, *lengths]); of some elements, by slicing, x[1:]; other "
+            "values for what has been sliced, by x.map(lambda _: values)."
+        )
 
 
 def lengths_fit(offsets: ArrayLike, capacity: int, max_len: int | None) -> None:

@@ -1,6 +1,5 @@
 """Operations on a `RaggedArray`, one after another, and the same on NumPy arrays."""
 
-import dataclasses
 import functools
 
 import jax
@@ -151,7 +150,7 @@ def mapped(config, rng, x, elements):
 
 
 def added(config, rng, x, elements):
-    other = dataclasses.replace(x, values=jnp.ones_like(x.values))
+    other = x.map(jnp.ones_like)
     both = maybe_traced(config, add, x, other)
     return both, [element + np.ones((), element.dtype) for element in elements]
 
@@ -206,7 +205,7 @@ def filled_slack(config, rng, x, elements):
     dtype = elements[0].dtype
     filling = np.full((), np.nan if dtype != np.int32 else -1).astype(dtype)
     values = np.where(token, np.asarray(x.values), filling)
-    return dataclasses.replace(x, values=jnp.asarray(values)), elements
+    return x.map(lambda _: jnp.asarray(values)), elements
 
 
 def as_tree(config, rng, x, elements):

@@ -4,17 +4,23 @@ import functools
 
 import pytest
 
-from tests.fuzz import definition, layer
+from tests.fuzz import array, decoding, definition, layer, ragged, sdpa
 from tests.fuzz.comparing import Mismatch
 from tests.fuzz.drawing import drawn, simplest
 
-SEED, COUNT = 1, 12
+SEED = 1
+PROGRAMS = {layer: 6, sdpa: 3, ragged: 1, decoding: 2, array: 1}
+CASES = [
+    pytest.param(part, n * getattr(part, "SAME", 1), id=f"{part.__name__[11:]}-{n}")
+    for part, count in PROGRAMS.items()
+    for n in range(count)
+]
 drawn_layer = functools.partial(drawn, layer, SEED)
 
 
-@pytest.mark.parametrize("n", [n * layer.SAME for n in range(COUNT)])
-def test_a_layer_is_what_it_is_by_definition(n):
-    layer.check(drawn_layer(n))
+@pytest.mark.parametrize("part, n", CASES)
+def test_what_is_drawn_is_what_it_is_by_definition(part, n):
+    part.check(drawn(part, SEED, n))
 
 
 def test_a_draw_can_be_repeated():

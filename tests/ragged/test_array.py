@@ -218,6 +218,11 @@ PADDED = np.ones((2, 3))
         ),
         (lambda: RaggedArray(VALUES, np.array([0, 5])), ValueError, "capacity = 4"),
         (
+            lambda: RaggedArray(VALUES, np.array([1, 3])),
+            ValueError,
+            "offsets must begin with 0, got [1 3]. Of lengths, make them by np.cumsum(",
+        ),
+        (
             lambda: RaggedArray(VALUES, OFFSETS, 2),
             ValueError,
             "max_len must not be less than an element is long, got max_len=2 and",
