@@ -74,28 +74,19 @@ class Length(NamedTuple):
         Raises:
             ValueError: The way that was named cannot be.
         """
-        _, _, tgt_len, src_len = call.logits
-        mirrored = _can_be_mirrored(call, parts)
-        no_ulysses = None
-        if heads % parts:
-            no_ulysses = f"{heads} heads of a device are not for {parts} devices"
-        if tgt_len % parts:
-            no_rows = no_rows or f"{tgt_len} queries are not for {parts} devices"
-        if src_len % parts:
-            no_ring = no_ring or f"{src_len} keys are not for {parts} devices"
-        if call.mask.is_causal and not (mirrored and tgt_len == src_len):
-            no_ring = no_ring or (
-                "a causal mask needs as many queries as keys, two parts for each of "
-                f"{parts} devices, not {tgt_len} and {src_len}"
-            )
-        why_not = dict(ulysses=no_ulysses, all_gather=no_rows, ring=no_rows or no_ring)
+        why_not = _why_not(call, parts, heads, no_rows, no_ring)
         way = _way(why_not, _bytes_of_keys(call) // devices)
         if way is None:
-            return f"{no_ulysses}, and {no_rows}"
-        has_queries = way != "ulysses" or (has_queries and tgt_len % parts == 0)
-        has_keys = way == "ring" or (has_keys and src_len % parts == 0)
-        mirrored &= way != "ulysses"
-        return cls(axes, parts, way, has_queries, has_keys, mirrored)
+            return f"{why_not['ulysses']}, and {why_not['all_gather']}"
+        _, _, tgt_len, src_len = call.logits
+        return cls(
+            axes,
+            parts,
+            way,
+            has_queries=way != "ulysses" or (has_queries and tgt_len % parts == 0),
+            has_keys=way == "ring" or (has_keys and src_len % parts == 0),
+            mirrored=way != "ulysses" and _can_be_mirrored(call, parts),
+        )
 
     def enter(self, call: Call) -> Call:
         """Returns what a device attends, of what it holds, inside `jax.shard_map`."""
@@ -164,6 +155,27 @@ class Length(NamedTuple):
         is_even = lax.axis_index(self.axes) % 2 == 0
         pair = jnp.where(is_even, one, other), jnp.where(is_even, other, one)
         return jnp.concatenate(pair, axis)
+
+
+def _why_not(
+    call: Call, parts: int, heads: int, no_rows: str | None, no_ring: str | None
+) -> dict[str, str | None]:
+    """Returns for each way why it cannot be, in words, or None."""
+    _, _, tgt_len, src_len = call.logits
+    no_ulysses = None
+    if heads % parts:
+        no_ulysses = f"{heads} heads of a device are not for {parts} devices"
+    if tgt_len % parts:
+        no_rows = no_rows or f"{tgt_len} queries are not for {parts} devices"
+    if src_len % parts:
+        no_ring = no_ring or f"{src_len} keys are not for {parts} devices"
+    is_even = tgt_len == src_len and _can_be_mirrored(call, parts)
+    if call.mask.is_causal and not is_even:
+        no_ring = no_ring or (
+            "a causal mask needs as many queries as keys, two parts for each of "
+            f"{parts} devices, not {tgt_len} and {src_len}"
+        )
+    return dict(ulysses=no_ulysses, all_gather=no_rows, ring=no_rows or no_ring)
 
 
 def _way(why_not: dict[str, str | None], gathered: int) -> str | None:
