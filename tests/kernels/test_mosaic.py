@@ -95,7 +95,7 @@ def test_heads_of_a_step_fill_registers_and_fit_the_vector_memory():
 
     assert heads(197, 12, 64) == 12
     assert heads(197, 32, 64) == 8  # four at least, or two, make whole registers
-    assert heads(577, 16, 64) == 8
+    assert heads(577, 16, 64) == 4
     assert heads(197, 7, 80) == 7  # all heads are as wide as the array
     assert heads(197, 32, 80) == 8
     assert heads(197, 8, 60) == 0
