@@ -37,7 +37,6 @@ def main() -> None:
     if not options.no_scaling:
         results = scaling.measure(options.max_length)
         _write(options.out / "scaling.json", {"machine": machine, "lengths": results})
-        scaling.plot(results, options.out / "scaling.png")
 
 
 def _run(options: argparse.Namespace) -> dict[str, dict]:

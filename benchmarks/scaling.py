@@ -1,11 +1,4 @@
-"""Time and memory against length, and a picture of both."""
-
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+"""Time and memory against length; `python -m docs.draw` makes a picture of both."""
 
 from benchmarks.cases import Case
 from benchmarks.contenders import MODULES, OURS, REFERENCE
@@ -33,28 +26,3 @@ def measure(max_length: int) -> dict[int, dict]:
         print(case.name, "done", flush=True)
         length *= 2
     return results
-
-
-def plot(results: dict[int, dict], path: Path) -> None:
-    panels = [
-        ("median_ms", 1, "time of a step [ms]"),
-        ("peak_bytes", 2**20, "peak memory of a step [MiB]"),
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for axis, (key, divisor, label) in zip(axes, panels, strict=True):
-        for name in CONTENDERS:
-            points = {
-                length: result[name][key] / divisor
-                for length, result in results.items()
-                if result.get(name, {}).get(key)
-            }
-            if points:
-                axis.plot(*zip(*points.items(), strict=True), "o-", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="length", ylabel=label)
-        axis.set_xticks(list(results), list(results), minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle("Forward and backward, batch 1, embed_dim 256, 4 heads, float32")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -30,6 +30,7 @@ from flax_mha._lowering import (
 from flax_mha._mesh import varying, varying_axes
 from flax_mha._place import Place
 from flax_mha._plan import Options, Plan, is_whole
+from flax_mha._ring import Ring
 from flax_mha._typing import (
     Array,
     MeanWeights,
@@ -69,7 +70,7 @@ def dot_product_attention(
     """
     arguments.one_of("implementation", implementation, KERNELS)
     layout = Padded() if layout is None else layout
-    place = Place.of(layout, call)
+    place = Place.of(layout, call, weights=weights, implementation=implementation)
     options = Options(weights, precision, implementation, place)
     if place is None:
         return _run(options, layout, call)
@@ -78,6 +79,9 @@ def dot_product_attention(
 
 def _run(options: Options, layout: Any, call: Call) -> Any:
     """Attends, inside `jax.shard_map` if there is a place."""
+    length = options.place and options.place.length
+    if length is not None and length.way == "ring":
+        layout = Ring(length.axes, length.parts)
     if options.implementation == "reference":
         attend = functools.partial(_by_definition, options)
         with jax.named_scope("reference"):

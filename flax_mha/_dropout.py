@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_mha._runs import Runs
 from flax_mha._typing import Array, ArrayLike, DType
 
 # Chris Wellons' "lowbias32" integer hash: https://github.com/skeeto/hash-prospector
@@ -34,6 +35,10 @@ class Part(NamedTuple):
     sequence: ArrayLike
     head: ArrayLike
     num_heads: ArrayLike  # of all
+    # Where the length is divided; None: all rows, or keys.
+    rows: Runs | None = None
+    tgt_len: ArrayLike | None = None  # of all
+    columns: Runs | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +61,7 @@ class Dropout:
         row: Array,
         *,
         num_heads: Any,
-        tgt_len: int,
+        tgt_len: Any,
     ) -> Array:
         """Returns the numbers of rows of the logits among all rows, uint32.
 
@@ -67,8 +72,20 @@ class Dropout:
         if self.part is not None:
             sequence, head = sequence + self.part.sequence, head + self.part.head
             num_heads = self.part.num_heads
+            if self.part.rows is not None:
+                row, tgt_len = self.part.rows.number(row), self.part.tgt_len
         # In int32, as loops count; it is the same modulo 2**32.
         return ((sequence * num_heads + head) * tgt_len + row).astype(jnp.uint32)
+
+    def columns(self, column: Array) -> Array:
+        """Returns the numbers of columns among all columns, uint32.
+
+        Args:
+            column: Where they are in those of the call, int32.
+        """
+        if self.part is not None and self.part.columns is not None:
+            column = self.part.columns.number(column)
+        return column.astype(jnp.uint32)
 
     def all_rows(self, batch: int, num_heads: int, tgt_len: int) -> Array:
         """Returns `rows` of all rows of a call, (batch, num_heads, tgt_len, 1)."""
@@ -84,12 +101,12 @@ class Dropout:
         Args:
             row: Number of each row among all rows of the call, (..., rows, 1) uint32.
             columns: How many columns.
-            first_column: Number of the first of them.
+            first_column: Where the first of them is in those of the call, int32.
         """
         shape = (*row.shape[:-1], columns)
-        column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-        column = column + jnp.asarray(first_column, jnp.uint32)
-        return self.factors_at(row, column, dtype)
+        column = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        column = column + jnp.asarray(first_column, jnp.int32)
+        return self.factors_at(row, self.columns(column), dtype)
 
     def factors_at(self, row: Array, column: Array, dtype: DType) -> Array:
         """Returns `factors` of numbers of rows and columns, uint32, that broadcast."""

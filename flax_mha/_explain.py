@@ -1,6 +1,7 @@
 """Which kernel runs a call, and why not another."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ class Explanation:
             `jax.vmap`; of one device's, if `divided` and inside `jax.shard_map`. Of
             `RaggedArray`s, that with padding, of which "blockwise" visits less, where
             it is worth it.
+        flops: Of the forward pass's two products of matrices, two for each
+            multiplication, none skipped for a mask. A gradient takes 2.5 times as many
+            more. XLA's own count takes what is in a loop once, and leaves out kernels.
         weights: "mean" or "heads" if the call asks for attention weights, or None.
             Under `jit`, those that nobody uses are not computed.
         kernels: By platform: the kernel that runs, or None if the implementation that
@@ -31,19 +35,23 @@ class Explanation:
         reasons: By platform: the platform's own kernels that were tried before, or the
             one that was named if it does not run, and why.
         is_ragged: The call is one of `RaggedArray`s.
-        divided: The mesh axes over which each device attends its own part, by "batch"
-            and "heads"; None if types and rules say nothing of a mesh. Then, and
-            over `left_to_xla`, XLA divides.
+        divided: The mesh axes over which each device attends its own part, by "batch",
+            "heads" and "length"; None if types and rules say nothing of a mesh. Then,
+            and over `left_to_xla`, XLA divides.
+        length_by: How a length that is divided is attended; see
+            `flax_mha.sharding.length_by`. `shape` is then what one kernel attends.
         left_to_xla: Auto mesh axes of which no rule speaks.
         left_out: What rules say of the call and cannot be, in words.
     """
 
     shape: tuple[int, int, int, int]
+    flops: int
     weights: str | None
     kernels: dict[str, str | None]
     reasons: dict[str, dict[str, str]]
     is_ragged: bool
     divided: dict[str, tuple[str, ...]] | None
+    length_by: str | None
     left_to_xla: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -57,6 +65,7 @@ class Explanation:
             parts = [
                 f"{name} over {axes}" for name, axes in self.divided.items() if axes
             ]
+            parts += [f"by {self.length_by}"] if self.length_by else []
             parts = ", ".join(parts) or "all of it"
             lines.append(f"  on each device of a mesh: {parts}")
         lines += [f"    not divided: {why}" for why in self.left_out]
@@ -128,11 +137,13 @@ def _explanation(plan: Plan) -> Explanation:
             reasons[platform][name] = why
     return Explanation(
         plan.logits,
+        2 * math.prod(plan.logits) * sum(plan.head_dims),
         plan.weights,
         kernels,
         reasons,
         plan.is_ragged,
-        divided=None if place is None else dict(batch=place.batch, heads=place.heads),
+        divided=None if place is None else place.divided,
+        length_by=place.length.way if place and place.length else None,
         left_to_xla=() if place is None else place.left_to_xla,
         left_out=() if place is None else place.left_out,
     )

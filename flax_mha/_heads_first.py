@@ -33,7 +33,7 @@ class HeadsFirst:
     """All keys of all sequences; attributes and methods as of `Padded`."""
 
     is_ragged: ClassVar[bool] = False
-    rows: ClassVar = Padded.rows
+    rows: ClassVar = ("batch", None, "heads", None)
     columns: ClassVar = ("batch", "heads", None, None)
     own: ClassVar = ("batch",)
 

@@ -40,8 +40,8 @@ class Padded:
 
     is_ragged: ClassVar[bool] = False
     # Which axes of queries, of keys and of the layout's own arrays a mesh may divide.
-    rows: ClassVar = ("batch", None, "heads", None)
-    columns: ClassVar = rows
+    rows: ClassVar = ("batch", "tgt", "heads", None)
+    columns: ClassVar = ("batch", "src", "heads", None)
     own: ClassVar = ()
 
     def padded(self, call: Call) -> Call:
@@ -101,8 +101,8 @@ class Ragged(Places):
     """The elements of `RaggedArray`s, end to end: (1, capacity, heads, dim)."""
 
     is_ragged: ClassVar[bool] = True
-    rows: ClassVar = (None, None, "heads", None)
-    columns: ClassVar = rows
+    rows: ClassVar = (None, "tgt", "heads", None)
+    columns: ClassVar = (None, "src", "heads", None)
     own: ClassVar = ()
 
     @classmethod

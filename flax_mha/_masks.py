@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flax_mha._runs import Runs
 from flax_mha._typing import Array, ArrayLike, DType, Extra, MaskArray
 
 
@@ -28,6 +29,8 @@ class Mask:
     attn_bias: tuple[MaskArray, ...] = ()
     # Query i may attend to keys 0 to i (aligned top left, also if lengths differ).
     is_causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    # Which of all queries these are, for is_causal, where these are divided; None: all.
+    rows: Runs | None = None
     # The last columns of the keys that no mask covers, is_causal included: always open.
     open_columns: int = dataclasses.field(default=0, metadata=dict(static=True))
 
@@ -56,7 +59,7 @@ class Mask:
             parts.append(_sum(self.attn_bias, dtype))
         if self.is_causal:
             covered = (1, 1, tgt_len, src_len - self.open_columns)
-            row = jax.lax.broadcasted_iota(jnp.int32, covered, 2) + first_row
+            row = self.row(jax.lax.broadcasted_iota(jnp.int32, covered, 2) + first_row)
             column = jax.lax.broadcasted_iota(jnp.int32, covered, 3) + first_column
             parts.append(_additive(row >= column, dtype))
         if not parts:
@@ -65,6 +68,10 @@ class Mask:
         if self.open_columns == 0:
             return total
         return jnp.pad(total, [(0, 0)] * 3 + [(0, self.open_columns)])
+
+    def row(self, at: Array) -> Array:
+        """Returns the numbers of rows among all, which `is_causal` is about."""
+        return at if self.rows is None else self.rows.number(at)
 
     def map(self, function: Callable[[MaskArray], MaskArray]) -> "Mask":
         """Returns the mask with `function` applied to each of its arrays."""

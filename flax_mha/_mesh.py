@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax.core import spmd
 from jax import lax
 
-_NAMES = ("batch", "heads", "embed")  # that rules may divide
+_NAMES = ("batch", "heads", "length", "embed")  # that rules may divide
 
 Rules = Sequence[tuple[str, Any]]  # as Flax has them
 Axes = tuple[str, ...]  # of a mesh
@@ -28,6 +29,22 @@ def varying(tree: Any, axes: frozenset[str]) -> Any:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def permuted(x: jax.Array, axes: Axes, moves: Sequence[tuple[int, int]]) -> jax.Array:
+    """Returns what each device is sent, inside `jax.shard_map`.
+
+    Args:
+        moves: From one device to another, in the order of `lax.axis_index(axes)`.
+    """
+    # `lax.ppermute` counts in the order of the mesh, whatever that of the axes is.
+    names = jax.sharding.get_abstract_mesh().axis_names
+    ordered = tuple(axis for axis in names if axis in axes)
+    numbers = np.arange(lax.axis_size(axes)).reshape([lax.axis_size(a) for a in axes])
+    numbers = numbers.transpose([axes.index(axis) for axis in ordered]).ravel()
+    place = np.argsort(numbers).tolist()
+    moves = [(place[source], place[target]) for source, target in moves]
+    return lax.ppermute(x, ordered, moves)
 
 
 def mesh_of(x: Any) -> Any:
@@ -101,7 +118,7 @@ def by_rules(name: str, size: Any, mesh: Any) -> tuple[Axes, str | None]:
     Returns:
         The axes; or none, and why it is not those of the rules, if so.
     """
-    axes = _axes_of(name, spmd.get_logical_axis_rules(), mesh.auto_axes)
+    axes = _ruled(name, mesh)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if parts == 1:
         return (), None
@@ -119,10 +136,15 @@ def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
     mesh = mesh_of(x)
     if mesh is None or not ruled_axes(mesh) or is_mapped_over():
         return x
-    spec = [
-        _entry(by_rules(name, size, mesh)[0]) if isinstance(name, str) else name
-        for name, size in zip(names, x.shape, strict=True)
-    ]
+
+    def entry(name, size):
+        if not isinstance(name, str):
+            return name
+        if name == "length" and not _ruled(name, mesh):
+            return jax.P.UNCONSTRAINED
+        return _entry(by_rules(name, size, mesh)[0])
+
+    spec = list(map(entry, names, x.shape))
     place: Any = jax.P(*spec)
     if jax.sharding.get_abstract_mesh().empty:
         place = jax.sharding.NamedSharding(mesh, place)
@@ -135,9 +157,20 @@ _constrain = jax.jit(lax.with_sharding_constraint, static_argnums=1)
 
 def ruled_axes(mesh: Any) -> frozenset[str]:
     """Returns the Auto axes that Flax's rules speak of, for what there is here."""
+    return frozenset().union(*(_ruled(name, mesh) for name in _NAMES))
+
+
+def _ruled(name: str, mesh: Any) -> Axes:
+    """Returns the Auto axes that rules give for a name.
+
+    No array has its batch or heads, and its length, divided over the same axis.
+    """
     rules = spmd.get_logical_axis_rules()
-    axes = (_axes_of(name, rules, mesh.auto_axes) for name in _NAMES)
-    return frozenset().union(*axes)
+    axes = _axes_of(name, rules, mesh.auto_axes)
+    if name != "length":
+        return axes
+    taken = {a for other in ("batch", "heads") for a in _ruled(other, mesh)}
+    return tuple(axis for axis in axes if axis not in taken)
 
 
 def resharded(x: Any, spec: Sequence[Axes], mesh: Any) -> Any:

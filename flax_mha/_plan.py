@@ -35,6 +35,7 @@ class Plan(NamedTuple):
     """What was decided when a call was traced."""
 
     logits: tuple[int, int, int, int]  # batch, heads, tgt, src
+    head_dims: tuple[int, int]  # of keys, of values
     weights: Weighting
     precision: Precision
     implementation: str | None
@@ -71,6 +72,7 @@ class Plan(NamedTuple):
             precision = jax.config.jax_default_matmul_precision  # pyright: ignore
         plan = cls(
             logits=call.logits,
+            head_dims=(call.key.shape[3], call.value.shape[3]),
             weights=weights,
             precision=precision,
             implementation=implementation,

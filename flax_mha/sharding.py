@@ -1,15 +1,16 @@
 """Dividing parameters and calls over a mesh, by the names of axes: `docs/meshes.md`.
 
-Rules are Flax's: pairs of a name and the mesh axes that divide it. Names are "batch",
-of inputs and results; "heads", of all parameters but `out_proj.bias`, and of what is
-between the projections; "embed", of the weights' other axis and of `out_proj.bias`;
-"qkv" and "head_dim", which nothing should divide.
+Rules are Flax's: pairs of a name and the mesh axes that divide it. Names are "batch"
+and "length", of inputs and results; "heads", of all parameters but `out_proj.bias`, and
+of what is between the projections; "embed", of the weights' other axis and of
+`out_proj.bias`; "qkv" and "head_dim", which nothing should divide.
 
 "embed" is both what the in-projection sums over and what the out-projection makes. It
 is the axis along which fully sharded parameters are cut, to be gathered before they are
 used, and for that it should have one name.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,21 +18,23 @@ import jax
 from flax import nnx
 from flax.core import meta
 
-from flax_mha import _mesh
+from flax_mha import _length, _mesh
+from flax_mha._checks import arguments
 from flax_mha._params import map_with_specs
 
-__all__ = ["RULES", "Rules", "logical_axes", "param_shardings"]
+__all__ = ["RULES", "Rules", "length_by", "logical_axes", "param_shardings"]
 
 Rules = _mesh.Rules
 
 RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("heads", "tensor"),
+    ("length", "context"),
     ("embed", "fsdp"),
     ("qkv", None),
     ("head_dim", None),
 )
-"""For meshes whose axes are called "data", "fsdp" and "tensor", or some of these."""
+"""For meshes with axes called "data", "fsdp", "tensor", "context", or some of these."""
 
 
 def logical_axes(params: Any) -> Any:
@@ -82,6 +85,33 @@ def param_shardings(params: Any, mesh: Any, rules: Rules = RULES) -> Any:
         return jax.sharding.NamedSharding(mesh, _mesh.partition_spec(spec))
 
     return _map(params, sharding)
+
+
+def length_by(way: str | None) -> contextlib.AbstractContextManager[None]:
+    """Names the way in which calls inside attend a length that is divided.
+
+    >>> import flax_mha
+    >>> with flax_mha.sharding.length_by("ring"):
+    ...     pass  # the training loop
+
+    `jax.jit` compares it: a jitted function is traced again under another.
+
+    Args:
+        way: "ulysses": devices exchange heads for length, and each attends some heads;
+            the heads of a device must divide. "all_gather": each attends its own
+            queries, with all keys and values. "ring": these travel from device to
+            device, each of which holds a part of them; not for attention weights. None,
+            as outside: "ulysses" where it can be, else "all_gather", or "ring" where a
+            device would gather more than 256 MiB.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: It is not one of these; and from calls for which it cannot be.
+    """
+    arguments.one_of("way", way, _length.WAYS)
+    return _length.named(way)
 
 
 def _map(params: Any, function: Callable[[tuple, Any], Any]) -> Any:

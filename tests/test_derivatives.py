@@ -163,6 +163,22 @@ def test_the_layer_under_transformations(transform):
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
+def test_tangents_do_not_look_for_the_largest_logit():
+    """XLA computes logits of one feature twice, and rounds them otherwise."""
+    mha = MultiheadAttention(1, 1, batch_first=True, param_dtype="float64")
+    x = draw(1, 16, 1)
+    params = mha.init(jax.random.key(0), x, x, x)
+    params = jax.tree.map(lambda p: draw(*p.shape), params)
+    itself = jnp.where(jnp.eye(16, dtype=bool), 0.3, -jnp.inf)
+
+    def attend(params, x):
+        return mha.apply(params, x, x, x, attn_mask=itself)[0]
+
+    at = params, x
+    push = jax.jit(lambda at, along: jax.jvp(attend, at, along)[1])
+    assert np.isfinite(push(at, at)).all()
+
+
 def test_a_ragged_layer_forward():
     mha = MultiheadAttention(8, 2, param_dtype="float64")
     x = RaggedArray.from_list([draw(n, 8) for n in (3, 6)])

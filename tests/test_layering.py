@@ -8,10 +8,12 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 KERNELS = ["blockwise", "cudnn", "heads_first", "mosaic", "ragged", "reference"]
 LAYERS = [
     ["_typing", "_mesh", "_lazy"],
+    ["_runs"],
     ["_lowering"],
     ["_dropout", "_masks", "_params", "_checks.arguments"],
-    ["_call", "_initializers", "training", "sharding"],
-    ["_place"],
+    ["_call", "_initializers", "training"],
+    ["_length"],
+    ["_place", "sharding"],
     ["_checks.layer", "_checks.functional", "_checks.cache", "_checks"],
     ["_ragged.checks"],
     ["_ragged.call_checks", "_ragged.tokens"],
@@ -32,7 +34,7 @@ LAYERS = [
     ["_plan"],
     ["_layouts"],
     ["_cache"],
-    ["_heads_first"],
+    ["_heads_first", "_ring"],
     ["_dispatch", "_explain"],
     ["_sequences"],
     ["_cached_sequences"],

@@ -279,3 +279,12 @@ def test_explain_passes_on_what_is_no_array():
     assert call.kernels["cpu"] is None
     assert call.reasons["cpu"] == {"mosaic": "it is for tpu, not for cpu"}
     assert explain(implementation="reference") == []
+
+
+def test_explain_counts_the_operations_of_both_products():
+    query, key, _ = arrays(head_dim=256)
+    value = arrays(head_dim=512)[2]
+    (call,) = flax_mha.explain(attend, query, key, value)
+    # Without loops XLA counts right; the softmax is some of it, too.
+    counted = jax.jit(definition).lower(query, key, value).compile().cost_analysis()
+    assert call.flops == pytest.approx(counted["flops"], rel=0.02)

@@ -311,7 +311,7 @@ def test_explicit_and_auto_axes_may_be_mixed():
     with jax.set_mesh(mesh), nn.logical_axis_rules(TENSOR[1:]):
         args = placed(mesh, "plain", step_of("plain")[1])[:2]
         (call,) = explain(layer, *args)
-        assert call.divided == dict(batch=("data",), heads=("tensor",))
+        assert call.divided == dict(batch=("data",), heads=("tensor",), length=())
         assert_same(jax.jit(jax.grad(loss, (0, 1)))(*args), want)
 
 
@@ -426,9 +426,9 @@ def test_explain_tells_how_a_call_is_divided():
             (part,) = explain(layer, params, x)
         (unknown,) = explain(layer, params, x)
     assert call.shape == (2, 1, LENGTH, LENGTH)  # of one device
-    assert call.divided == dict(batch=("data",), heads=("tensor",))
+    assert call.divided == dict(batch=("data",), heads=("tensor",), length=())
     assert "tpu, divided by XLA" not in call.kernels
-    assert odd.divided == dict(batch=(), heads=("tensor",))
+    assert odd.divided == dict(batch=(), heads=("tensor",), length=())
     assert odd.left_out == ("batch is 3, and mesh axes ('data',) are 2 devices",)
     assert part.left_to_xla == ("data",) and "tpu, divided by XLA" in part.kernels
     assert unknown.divided is None
@@ -436,16 +436,16 @@ def test_explain_tells_how_a_call_is_divided():
     assert "not divided: batch is 3" in str(odd)
 
 
-def test_explicit_axes_may_divide_batch_and_heads_alone():
+def test_explicit_axes_may_not_divide_the_features_of_a_head():
     mesh, _ = on_mesh("explicit", ())
-    _, (params, x, *_) = step_of("plain")
-    x = jax.device_put(np.ones((4, 8, EMBED)), NamedSharding(mesh, P(None, "tensor")))
+    x = np.ones((2, 4, 8, 4))
+    x = jax.device_put(x, NamedSharding(mesh, P(None, None, None, "tensor")))
     with jax.set_mesh(mesh), pytest.raises(ValueError) as raised:
-        layer(params, x)
+        scaled_dot_product_attention(x, x, x)
     assert str(raised.value) == (
-        "query must be divided over batch and heads only, but explicit mesh axes "
-        "divide it, (batch, length, heads, head_dim), as "
-        "P(None, 'tensor', None, None): use jax.sharding.reshard before."
+        "query must be divided over batch, length and heads only, but explicit mesh "
+        "axes divide it, (batch, length, heads, head_dim), as "
+        "P(None, None, None, 'tensor'): use jax.sharding.reshard before."
     )
 
 

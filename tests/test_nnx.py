@@ -229,7 +229,7 @@ def test_calls_are_divided_by_types_or_by_the_rules_of_the_weights(kind):
         x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
         (call,) = flax_mha.explain(mha, x, x, x)
         out, _ = nnx.jit(lambda mha, x: mha(x, x, x))(mha, x)
-    assert call.divided == dict(batch=("data",), heads=("model",))
+    assert call.divided == dict(batch=("data",), heads=("model",), length=())
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
 
 

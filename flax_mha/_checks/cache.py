@@ -29,9 +29,9 @@ def room(position: ArrayLike, length: int, new: int) -> None:
     most = 0 if before is None else int(before.max(initial=0))
     if most + new > length:
         raise ValueError(
-            f"the cache has room for {length} tokens and holds "
-            f"{'an unknown number' if before is None else most}, got {new} more: make "
-            "one of more length."
+            f"cache must have room for {new} tokens more, got one with room for "
+            f"{length} that holds {'some' if before is None else most}: make one of "
+            "more length."
         )
 
 

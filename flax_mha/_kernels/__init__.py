@@ -7,7 +7,8 @@ forward(call, *, precision) -> (out, lse)
     nothing would be left of the other. A query allowed nothing gets 0, and infinity for
     the first term.
 backward(call, out, lse, d_out, *, precision, with_bias) -> Gradients
-    Without those of float masks if not `with_bias`.
+    Without those of float masks if not `with_bias`. out and lse may be of more keys
+    than the call has, of which these are then a part.
 
 Those that run on one platform, `_plan.FUSED`, also say what they are not for:
 

@@ -83,7 +83,7 @@ def block_sizes(
     block_heads = _largest_divisor(heads, budget)
     block_batch = 1
     if isinstance(batch, int):  # not symbolic
-        block_batch = _largest_divisor(batch, budget // heads)
+        block_batch = _largest_divisor(batch, budget // max(heads, 1))
     return BlockSizes(block_batch, block_heads, rows, columns)
 
 
@@ -264,7 +264,7 @@ class Blocks:
         if self.sizes.batch != self.shape[0] or self.shape[0] == 1:
             hidden += [jnp.all(x) for x in mask.blocked if is_padding(x)]
         if mask.is_causal:
-            hidden.append(column > corner.row + self.sizes.rows - 1)
+            hidden.append(column > mask.row(corner.row + self.sizes.rows - 1))
         if not hidden:
             return compute()
         hidden = functools.reduce(jnp.logical_or, hidden)

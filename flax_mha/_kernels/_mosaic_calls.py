@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flax_mha._kernels._mosaic_steps import attend, pull_back
-from flax_mha._kernels._mosaic_tile import Setting, Shared, Tile, tile_of
+from flax_mha._kernels._mosaic_tile import SPAN, Setting, Shared, Tile, tile_of
 from flax_mha._typing import Array
 
 _IN_TURN = (0, 1, 2)
@@ -94,7 +94,7 @@ def _tile(
     setting: Setting, shared: Shared, refs: tuple, order: tuple[int, int, int]
 ) -> tuple[Tile, list[Any]]:
     place = tuple(map(pl.program_id, order))
-    return tile_of(setting, shared, refs, place, refs[1][5])
+    return tile_of(setting, shared, refs, place, refs[1][SPAN])
 
 
 def _call(
@@ -121,7 +121,7 @@ def _call(
 
         def where(*ids):
             (b, h, i), numbers = (ids[axis] for axis in order), ids[4]
-            at = {rows: i, keys: 0 if setting.sizes.spans == 1 else numbers[5]}
+            at = {rows: i, keys: 0 if setting.sizes.spans == 1 else numbers[SPAN]}
             lead = b if shape[0] > 1 else 0, h if shape[1] > 1 else 0
             return (*lead, *(at.get(axis, 0) for axis in (2, 3)))
 

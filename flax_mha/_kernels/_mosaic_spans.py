@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._kernels import _mosaic_calls
-from flax_mha._kernels._mosaic_tile import Setting, Shared
+from flax_mha._kernels._mosaic_tile import SPAN, Setting, Shared
 from flax_mha._mesh import varying, varying_axes
 from flax_mha._typing import Array
 
@@ -50,7 +50,7 @@ def backward(
 
 
 def _at(shared: Shared, span: Any) -> Shared:
-    return shared._replace(numbers=shared.numbers.at[5].set(jnp.int32(span)))
+    return shared._replace(numbers=shared.numbers.at[SPAN].set(jnp.int32(span)))
 
 
 def _merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, Array, Array]:

@@ -17,10 +17,13 @@ from jax.experimental import pallas as pl
 
 from flax_mha._dropout import Dropout, Part
 from flax_mha._kernels._mosaic_sizes import Sizes
+from flax_mha._runs import Runs
 from flax_mha._typing import Array
 
 NN = (((1,), (0,)), ((), ()))  # (m, k) by (k, n)
 NT = (((1,), (1,)), ((), ()))  # (m, k) by (n, k)
+
+SPAN = 12  # where `Shared.numbers` has it
 
 # Keys that are skipped together. Compiled for v5e, 512 take a sixth more cycles, for
 # less is begun early.
@@ -35,6 +38,10 @@ class Setting:
     sizes: Sizes
     covered: int | None  # a causal mask's columns; None: not causal
     rate: float | None  # of dropout
+    # What counts rows or columns by the `Runs` in `Shared.numbers`.
+    mask_rows: bool
+    drop_rows: bool
+    drop_columns: bool
     precision: Any
     interpret: bool
 
@@ -43,7 +50,8 @@ class Shared(NamedTuple):
     """What forward and backward pass read alike."""
 
     visible: Array  # (batch, all chunks) int32: whether any key of one may be seen
-    # (6,) int32: two seeds, first sequence, first head, and heads, of dropout; the span
+    # (13,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of
+    # rows, and how many rows there are in all; the `Runs` of columns; the span of keys.
     numbers: Array
     query: Array  # (batch, heads, head_dim, tgt), scaled; whole blocks
     key: Array  # (batch, heads, src, head_dim); whole spans
@@ -60,7 +68,7 @@ class Tile:
     place: tuple[Any, Any, Any]  # sequence, head, block of rows
     span: Any  # of keys; 0 if there is one
     visible: Any
-    seeds: Any
+    numbers: Any
     query: Any
     key: Any
     value: Any
@@ -111,12 +119,17 @@ class Tile:
         if setting.rate is None:
             return probs[0] if len(probs) == 1 else probs
         b, h, i = self.place
-        seeds: Any = [self.seeds[n].astype(jnp.uint32) for n in range(2)]
-        part = Part(*(self.seeds[n] for n in range(2, 5)))
+        seeds: Any = [self.numbers[n].astype(jnp.uint32) for n in range(2)]
+        part = Part(
+            *(self.numbers[n] for n in range(2, 5)),
+            rows=self._runs(5) if setting.drop_rows else None,
+            tgt_len=self.numbers[8],
+            columns=self._runs(9) if setting.drop_columns else None,
+        )
         dropout = Dropout(seeds, setting.rate, part)
         tgt_len = setting.logits[2]
         rows = dropout.rows(b, h, self._row(i), num_heads=None, tgt_len=tgt_len)
-        column = self._column(n).astype(jnp.uint32)
+        column = dropout.columns(self._column(n))
         factors = dropout.factors_at(rows, column, jnp.float32)
         dropped = tuple(x * factors for x in probs)
         return dropped[0] if len(dropped) == 1 else dropped
@@ -124,6 +137,13 @@ class Tile:
     def _row(self, i: Any) -> Array:
         shape = 1, self.setting.sizes.rows
         return lax.broadcasted_iota(jnp.int32, shape, 1) + i * self.setting.sizes.rows
+
+    def _masked_row(self, row: Any) -> Any:
+        """Returns the number of a row that a causal mask is about."""
+        return self._runs(5).number(row) if self.setting.mask_rows else row
+
+    def _runs(self, first: int) -> Runs:
+        return Runs(*(self.numbers[first + n] for n in range(3)))
 
     def _column(self, n: int) -> Array:
         shape = self.setting.sizes.columns, self.setting.sizes.rows
@@ -142,7 +162,8 @@ class Tile:
         seen = self.visible[b, chunk] > 0
         if setting.covered is not None:
             is_open = first + setting.sizes.columns > setting.covered
-            seen &= is_open | (first <= i * setting.sizes.rows + setting.sizes.rows - 1)
+            last = i * setting.sizes.rows + setting.sizes.rows - 1
+            seen &= is_open | (first <= self._masked_row(last))
         return seen
 
     def logits(self, n: int) -> Array:
@@ -158,7 +179,8 @@ class Tile:
             else:
                 logits = logits + part.astype(jnp.float32).T
         if setting.covered is not None:
-            row, column = self._row(self.place[2]), self._column(n)
+            row = self._masked_row(self._row(self.place[2]))
+            column = self._column(n)
             allowed = column <= row
             if setting.covered < setting.logits[3]:
                 allowed |= column >= setting.covered
@@ -177,9 +199,9 @@ def tile_of(
 ) -> tuple[Tile, list[Any]]:
     """Returns a step's tile, and the references that are not of `Shared`."""
     count = len(shared.bias), len(shared.masks)
-    (visible, seeds, query, key, value), rest = refs[:5], list(refs[5:])
+    (visible, numbers, query, key, value), rest = refs[:5], list(refs[5:])
     bias, rest = rest[: count[0]], rest[count[0] :]
     masks, rest = rest[: count[1]], rest[count[1] :]
     span = span if setting.sizes.spans > 1 else 0
-    arrays = visible, seeds, query, key, value, bias, masks
+    arrays = visible, numbers, query, key, value, bias, masks
     return Tile(setting, place, span, *arrays), rest

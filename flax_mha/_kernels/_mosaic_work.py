@@ -8,10 +8,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_mha._call import Call
-from flax_mha._dropout import Dropout
+from flax_mha._dropout import Part
 from flax_mha._kernels import _mosaic_flat, _mosaic_masks, _mosaic_spans
 from flax_mha._kernels._mosaic_sizes import Sizes
 from flax_mha._kernels._mosaic_tile import Setting, Shared
@@ -44,6 +45,7 @@ class Work(NamedTuple):
             sizes,
             covered=src_len - mask.open_columns if mask.is_causal else None,
             rate=None if dropout is None else dropout.rate,
+            **_divided(call),
             precision=_precision(precision),
             interpret=interpret,
         )
@@ -64,7 +66,7 @@ class Work(NamedTuple):
             setting,
             Shared(
                 _visible(bias, call.logits[0], sizes),
-                _numbers(dropout, call),
+                _numbers(call),
                 *laid,
                 () if bias is None else (bias[..., None],),
                 tuple(
@@ -149,15 +151,28 @@ def _masks_of_rows(mask: Mask) -> list[tuple[Array, int]]:
     return masks
 
 
-def _numbers(dropout: Dropout | None, call: Call) -> Array:
-    """Returns what `Dropout` holds, as integers, and the first span's number."""
-    if dropout is None:
-        return jnp.zeros(6, jnp.int32)
-    seeds = lax.bitcast_convert_type(dropout.seed, jnp.int32)
-    part: Any = *(dropout.part or (0, 0, call.logits[1])), 0
-    return jnp.concatenate(
-        [seeds, jnp.stack([jnp.asarray(x, jnp.int32) for x in part])]
+def _divided(call: Call) -> dict[str, bool]:
+    """Returns for what rows and columns are counted among those of all devices."""
+    part = None if call.dropout is None else call.dropout.part
+    return dict(
+        mask_rows=call.mask.rows is not None,
+        drop_rows=part is not None and part.rows is not None,
+        drop_columns=part is not None and part.columns is not None,
     )
+
+
+def _numbers(call: Call) -> Array:
+    """Returns the numbers of `Shared`, with the first span's."""
+    seeds, zero = jnp.zeros(2, jnp.int32), (0, 0, 0)
+    part = Part(np.asarray(0), np.asarray(0), np.asarray(call.logits[1]))
+    if call.dropout is not None:
+        seeds = lax.bitcast_convert_type(call.dropout.seed, jnp.int32)
+        part = call.dropout.part or part
+    rows = part.rows or call.mask.rows or zero
+    tgt_len = call.logits[2] if part.tgt_len is None else part.tgt_len
+    numbers: Any = *part[:3], *rows, tgt_len, *(part.columns or zero), 0
+    numbers = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
+    return jnp.concatenate([seeds, numbers])
 
 
 def _flat(x: Array) -> Array:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from flax_mha._typing import Array, DType, Precision, accumulation_dtype
 
@@ -33,35 +34,6 @@ class Running(NamedTuple):
             exps=None,
         )
 
-    def absorb(
-        self,
-        logits: Array,
-        values: Array,
-        drop: Callable[..., tuple[Array, ...]],
-        *,
-        precision: Precision,
-        keep_exps: bool = False,
-    ) -> "Running":
-        """Returns the softmax with a block of keys more.
-
-        Args:
-            drop: Returns each of its arguments after dropout.
-        """
-        maximum = jnp.maximum(self.maximum, jnp.max(logits, -1, keepdims=True))
-        # As long as a row is allowed nothing, subtract 0: -inf - (-inf) is NaN.
-        shift = jnp.where(maximum == -jnp.inf, 0, maximum)
-        exps = jnp.exp(logits - shift)
-        total = jnp.sum(exps, axis=-1, keepdims=True)
-        (exps,) = drop(exps)
-        out = product("...qk,...kd->...qd", exps, values, precision)
-        decay = jnp.exp(self.maximum - shift)
-        return Running(
-            maximum,
-            self.total * decay + total,
-            self.out * decay + out,
-            exps if keep_exps else None,
-        )
-
     def finish(self, *, dead_is_zero: bool | Array) -> tuple["Running", Array]:
         """Returns it normalised, and the two terms of the log of each row's sum.
 
@@ -77,6 +49,38 @@ class Running(NamedTuple):
         exps = None if self.exps is None else self.exps / total
         running = Running(maximum, total, self.out / total, exps)
         return running, jnp.concatenate([maximum, jnp.log(total)], axis=-1)
+
+
+def absorb(
+    running: Running | None,
+    logits: Array,
+    values: Array,
+    drop: Callable[..., tuple[Array, ...]],
+    *,
+    precision: Precision,
+    keep_exps: bool = False,
+) -> Running:
+    """Returns the softmax with a block of keys more.
+
+    Args:
+        running: None where no keys come before. It computes less than `Running.start`.
+        drop: Returns each of its arguments after dropout.
+    """
+    # It changes no result. Its derivative would look for the largest logit, which XLA
+    # may have computed again, with other rounding: 0 / 0 where none is found.
+    maximum = jnp.max(lax.stop_gradient(logits), -1, keepdims=True)
+    if running is not None:
+        maximum = jnp.maximum(running.maximum, maximum)
+    # As long as a row is allowed nothing, subtract 0: -inf - (-inf) is NaN.
+    shift = jnp.where(maximum == -jnp.inf, 0, maximum)
+    exps = jnp.exp(logits - shift)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    (exps,) = drop(exps)
+    out = product("...qk,...kd->...qd", exps, values, precision)
+    if running is not None:
+        decay = jnp.exp(running.maximum - shift)
+        total, out = running.total * decay + total, running.out * decay + out
+    return Running(maximum, total, out, exps if keep_exps else None)
 
 
 class Rows(NamedTuple):

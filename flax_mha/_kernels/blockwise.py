@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from flax_mha._call import Call, Gradients
 from flax_mha._kernels._blocks import Blocks, block_sizes, is_padding
-from flax_mha._kernels._softmax import Rows, Running, delta_of, product
+from flax_mha._kernels._softmax import Rows, Running, absorb, delta_of, product
 from flax_mha._mesh import varying_axes
 from flax_mha._typing import (
     Array,
@@ -86,13 +86,16 @@ def forward(
 def _attend_block(options, blocks, call, corner) -> Running:
     """Returns the softmax and its product with the values for one block of rows."""
     q = blocks.rows(call.query, corner)
-    start = Running.start(q.shape[:3], call.value.shape[3], call.scale.dtype)
+    start = None
+    if blocks.sizes.columns < call.logits[3]:
+        start = Running.start(q.shape[:3], call.value.shape[3], call.scale.dtype)
 
-    def absorb(running, mask, column, columns):
+    def one_step(running, mask, column, columns):
         def compute():
             k = blocks.columns(call.key, corner, column, columns)
             v = blocks.columns(call.value, corner, column, columns)
-            return running.absorb(
+            return absorb(
+                running,
                 _logits(options, q, k, call.scale, mask, corner, column),
                 v,
                 functools.partial(blocks.dropped, corner, column),
@@ -102,7 +105,7 @@ def _attend_block(options, blocks, call, corner) -> Running:
 
         return blocks.unless_hidden(mask, corner, column, columns, compute, running)
 
-    return blocks.over_keys(absorb, start, corner)
+    return blocks.over_keys(one_step, start, corner)
 
 
 def backward(

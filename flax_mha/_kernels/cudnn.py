@@ -72,6 +72,8 @@ def unsupported(call: Call) -> str | None:
         return f"an axis is empty: query {query.shape}, key {key.shape}"
     if call.dropout is not None:
         return "cuDNN does not drop the same probabilities as the other kernels"
+    if mask.rows is not None:
+        return "its causal mask begins at the first query"
     for x in mask.attn_bias:
         if x.dtype != query.dtype:
             return (
@@ -133,10 +135,14 @@ def backward(
     query, _, _, mask, scale, *_ = call
     layout = _Layout.of(call)
     first, second = lse[..., :1], lse[..., 1:]
-    is_huge = first < _HUGE
-    lse = jnp.where(is_huge, _finite(first, query.dtype).astype(lse.dtype), second)
+    is_huge, is_dead, log = first < _HUGE, first == jnp.inf, first + second
+    rows = _Rows.of(mask, layout.tgt_len, layout.src_len, query.dtype)
+    if rows is not None:  # lse may be of more keys than these
+        log = (first - jnp.where(rows.is_huge, 0, rows.largest)) + second
+        is_dead |= rows.is_dead
+    lse = jnp.where(is_huge, _finite(first, query.dtype).astype(lse.dtype), log)
     # As the log of a row's sum, this makes all its probabilities 0.
-    lse = layout.rows(jnp.where(first == jnp.inf, 1e30, lse), axis=2)[..., 0]
+    lse = layout.rows(jnp.where(is_dead, 1e30, lse), axis=2)[..., 0]
     # Of a huge row all probabilities come out as 1.
     ties = jnp.where(is_huge, jnp.exp(second), 1).swapaxes(1, 2)
     d_out = (d_out.astype(jnp.float32) / ties).astype(d_out.dtype)

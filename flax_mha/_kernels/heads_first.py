@@ -19,7 +19,7 @@ from jax import lax
 
 from flax_mha._call import Call
 from flax_mha._kernels._blocks import slice_at
-from flax_mha._kernels._softmax import Running, product
+from flax_mha._kernels._softmax import Running, absorb, product
 from flax_mha._masks import Mask
 from flax_mha._typing import (
     Array,
@@ -62,7 +62,8 @@ def forward(
         running = lax.cond(is_full, work.at_once, lambda: work.by_blocks(held))
     else:
         running = work.by_blocks(held)
-    running, lse = running.finish(dead_is_zero=weights is None)
+    is_empty = isinstance(src_len, int) and src_len == 0 and call.extra is None
+    running, lse = running.finish(dead_is_zero=weights is None or is_empty)
     out = running.out.swapaxes(1, 2).astype(call.query.dtype)
     return out, lse, work.weights(weights, lse)
 
@@ -101,7 +102,7 @@ class _Work:
         call, columns = self.call, part.columns
         src_len, value_dim = call.value.shape[2:]
         queries = self.queries(part)
-        running = Running.start(queries.shape[:3], value_dim, call.scale.dtype)
+        running = None
         if call.extra is not None:
             key, value = (self.extra(x, part) for x in call.extra)
             running = self.absorb(running, self.logits(queries, key), value)
@@ -118,10 +119,12 @@ class _Work:
             logits = self.masked(self.logits(queries, key), mask, first)
             return self.absorb(running, logits, value)
 
+        if columns == src_len > 0:
+            return step(0, running)
+        if running is None:
+            running = Running.start(queries.shape[:3], value_dim, call.scale.dtype)
         if src_len == 0:
             return running
-        if columns == src_len:
-            return step(0, running)
         return lax.fori_loop(0, (last + columns - 1) // columns, step, running)
 
     def weights(self, wanted: Weighting, lse: Array) -> Weights | MeanWeights | None:
@@ -178,8 +181,8 @@ class _Work:
         additive = mask.additive(rows, columns, logits.dtype, first_column=column)
         return logits if additive is None else logits + additive
 
-    def absorb(self, running: Running, logits: Array, value: Array) -> Running:
+    def absorb(self, running: Running | None, logits: Array, value: Array) -> Running:
         value = value.astype(self.call.query.dtype)
-        return running.absorb(
-            logits, value, lambda *probs: probs, precision=self.precision
+        return absorb(
+            running, logits, value, lambda *probs: probs, precision=self.precision
         )

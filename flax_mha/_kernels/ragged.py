@@ -28,7 +28,7 @@ from flax_mha._kernels._ragged_blocks import (
     block_sizes,
     read_mask,
 )
-from flax_mha._kernels._softmax import Rows, Running, delta_of, product
+from flax_mha._kernels._softmax import Rows, Running, absorb, delta_of, product
 from flax_mha._masks import Mask
 from flax_mha._typing import Array, Extra, Precision
 
@@ -60,15 +60,17 @@ def forward(
 
     def one_block(results, block):
         q = block.rows.read(work.query)
-        running = Running.start(q.shape[:2], value_dim, scale.dtype)
+        running = None
+        if not work.has_one_window:
+            running = Running.start(q.shape[:2], value_dim, scale.dtype)
 
-        def absorb(running, keys):
+        def one_step(running, keys):
             k, v = keys.read(work.key), keys.read(work.value)
             logits = work.logits(q, k, block, keys, precision)
             drop = functools.partial(work.dropped, block, keys)
-            return running.absorb(logits, v, drop, precision=precision)
+            return absorb(running, logits, v, drop, precision=precision)
 
-        running, terms = work.over_keys(absorb, running, block).finish(
+        running, terms = work.over_keys(one_step, running, block).finish(
             dead_is_zero=dead_is_zero or block.keys.length == 0
         )
         out, lse = results
@@ -187,6 +189,14 @@ class _Work:
             *(queries, keys, places.max_lens, places.same_lengths, sizes),
         )
 
+    @property
+    def has_one_window(self) -> bool:
+        """Whether a block has room for an element, whose keys are where its rows are.
+
+        Extra keys are not counted.
+        """
+        return self.same_lengths and self.max_lens[1] <= self.sizes[-1].rows
+
     def over_blocks(self, one_block: Callable, carry: Any) -> Any:
         """Returns `carry` after `one_block(carry, block)` for each block of rows."""
         tokens, num_heads, _ = self.query.shape
@@ -212,8 +222,7 @@ class _Work:
         if extra:
             keys = Window(heads, extra, head, 0, max_len, 0, extra, is_covered=False)
             carry = step(carry, keys)
-        if self.same_lengths and max_len <= self.sizes[-1].rows:
-            # A block has room for the element, and its keys are where its rows are.
+        if self.has_one_window:
             return step(carry, block.rows._replace(token=block.rows.token + extra))
         capacity = self.key.shape[0]
         if capacity == extra:

@@ -73,11 +73,12 @@ def _drop(probs: Weights, dropout: Dropout | None) -> Weights:
 def _average(
     probs: Weights, value: ValueHeads, dtype: DType, precision: Precision
 ) -> OutHeads:
+    # Heads first: XLA's CPU compiler lacks some products in bfloat16 that transpose.
     out = jnp.einsum(
-        "bhqk,bkhd->bqhd",
+        "bhqk,bkhd->bhqd",
         probs.astype(value.dtype),
         value,
         precision=precision,
         preferred_element_type=probs.dtype,
     )
-    return out.astype(dtype)
+    return out.swapaxes(1, 2).astype(dtype)

@@ -1,8 +1,9 @@
 """Configurations drawn at random, ours against the definition and live PyTorch.
 
 `python -m tests.fuzz` runs them, `test_fuzz.py` a few. A part is a module with a table
-`OPTIONS`, `settle`, which changes what excludes each other, and `check`, which raises.
-Another part is another module, and its name in `PARTS`.
+`OPTIONS`, `settle`, which changes what excludes each other, and `check`, which raises;
+`SAME` and `VALUES` if configurations share programs (see `drawing.drawn`). Another part
+is another module, and its name in `PARTS`.
 """
 
-PARTS = ("layer", "meshes")
+PARTS = ("layer", "sdpa", "ragged", "decoding", "array", "meshes")

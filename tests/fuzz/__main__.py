@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 import tests.conftest  # noqa: F401  (the settings of all tests)
 from tests.fuzz import PARTS
-from tests.fuzz.drawing import draw, simplest
+from tests.fuzz.drawing import drawn, simplest
 
 _PROGRAMS = 300  # are kept at most: each takes memory
 
@@ -28,8 +27,7 @@ def main() -> int:
     end = options.start + options.count
     for n in range(first, end):
         began = time.monotonic()
-        rng = np.random.default_rng([options.seed, n])
-        config = draw(part.OPTIONS, part.settle, rng)
+        config = drawn(part, options.seed, n)
         error = failure(part, config)
         _log(options.log, n, time.monotonic() - began, error)
         if error:

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from tests.fuzz import definition
+from tests.fuzz.transforms import SETS
+
 # Of a sum of few terms, relative to the largest magnitude. That of narrow dtypes is
 # rounded at each step; float64 is where a mistake would show.
 TOLERANCE = {"float64": 1e-9, "float32": 5e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
@@ -59,6 +62,52 @@ def same_slopes(gradients, directions, want, tolerance):
                 f"d_{name}, along a direction: got {got}, wanted {slope}, "
                 f"off by {abs(got - slope) / scale:.2g}"
             )
+
+
+def against_definition(define, leaves, shared, ours, tolerance):
+    """Checks results, tangents, and gradients along directions.
+
+    Args:
+        define: The definition, of leaves by name.
+        shared: Those that all sets have in common.
+    """
+    exact = {name: x.astype(np.float64) for name, x in leaves.items()}
+
+    def of_all_sets(leaves):
+        if not ours.has_sets:
+            return define(leaves)
+        sets = [
+            define({n: x if n in shared else x[s] for n, x in leaves.items()})
+            for s in range(SETS)
+        ]
+        return {name: np.stack([one[name] for one in sets]) for name in sets[0]}
+
+    same(ours.results, of_all_sets(exact), tolerance)
+    if ours.tangents:
+        tangents = definition.derivative(of_all_sets, exact, ours.directions)
+        largest = max(_magnitude(x) for x in tangents.values())
+        same(ours.tangents, tangents, tolerance * 10, least=largest / 100)
+    slopes = {}
+    for name in ours.gradients:
+        one = {name: ours.directions[name]}
+        tangents = definition.derivative(of_all_sets, exact, one)
+        slopes[name] = sum(
+            np.sum(tangents[n] * ours.cotangents[n]) for n in ours.cotangents
+        )
+    same_slopes(ours.gradients, ours.directions, slopes, tolerance * 10)
+
+
+def against_torch(want, ours, tolerance):
+    """Checks results, and gradients, named "d_" before, where there are any."""
+    got = ours.results | {f"d_{name}": x for name, x in ours.gradients.items()}
+    largest = max(np.max(np.abs(x), initial=0) for x in want.values())
+    same(got, want, tolerance, least=largest / 100)
+
+
+def of_dtype(results, dtype):
+    for name, x in results.items():
+        if x.dtype != dtype:
+            raise Mismatch(f"{name} is of {x.dtype}, not {dtype}")
 
 
 def _magnitude(x):

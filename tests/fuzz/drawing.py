@@ -8,18 +8,26 @@ twice as often.
 import numpy as np
 
 
-def draw(options, settle, rng):
-    """Returns a configuration, and `numbers`, the seed of its arrays.
+def drawn(part, seed, n):
+    """Returns the n-th configuration of a seed.
 
-    Args:
-        settle: Changes, in place, values that exclude each other.
+    Where a part says so, `SAME` of them differ in `VALUES` alone, and share a program.
     """
+    same, values = getattr(part, "SAME", 1), getattr(part, "VALUES", ())
+    config = draw(part.OPTIONS, np.random.default_rng([seed, n // same]))
+    if same > 1:
+        rng = np.random.default_rng([seed, n, 0])
+        config |= draw(pick(part.OPTIONS, *values), rng)
+    part.settle(config)
+    return config
+
+
+def draw(options, rng):
+    """Returns a value of each option, and `numbers`, the seed of its arrays."""
     config = {
         name: values[rng.integers(len(values))] for name, values in options.items()
     }
-    config["numbers"] = int(rng.integers(2**31))
-    settle(config)
-    return config
+    return config | {"numbers": int(rng.integers(2**31))}
 
 
 def simplest(config, options, settle, fails):

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mha import MultiheadAttention
-from flax_mha.sharding import param_shardings
+from flax_mha.sharding import length_by, param_shardings
 from tests.fuzz.comparing import same
 from tests.fuzz.drawing import generator, pick
 
@@ -24,9 +24,12 @@ OPTIONS = {
     "implementation": [None, None, "blockwise", "reference"],
     "batch": [4, 8, 3, 1],
     "batch_over": [("data", "fsdp"), ("data",), ()],
+    "length_over": [(), ("fsdp",), ("data",), ("data", "fsdp"), ("fsdp", "data")],
+    "keys_over": [True, False],  # where types say it
+    "way": [None, "ulysses", "all_gather", "ring"],
     "embed_over": ["fsdp", None],
-    "tgt_len": [3, 5, 300],
-    "src_len": [None, 4, 7],
+    "tgt_len": [3, 8, 16, 304],
+    "src_len": [None, None, 4, 7, 24],
     "num_heads": [4, 8],
     "head_dim": [2, 3],
     "kdim": [None, None, 4],
@@ -54,10 +57,38 @@ def settle(config):
         config["src_len"] = config["kdim"] = None
     if config["tgt_len"] > 100:
         config.update(batch=min(config["batch"], 4), num_heads=4)
+    config["batch_over"] = tuple(
+        axis for axis in config["batch_over"] if axis not in config["length_over"]
+    )
+    if config["way"] not in ways(config):
+        config["way"] = None
     if config["axes"] != "rules" and config["batch"] % parts(config, "batch_over"):
         config["batch_over"] = ()
     if config["embed_over"] and 6 % config["shape"][1]:
         config["embed_over"] = None
+
+
+def ways(config):
+    """Returns the ways in which the length can be attended."""
+    count = parts(config, "length_over")
+    tgt_len, heads = config["tgt_len"], config["num_heads"] // config["shape"][2]
+    src_len = config["src_len"] or tgt_len
+    found = [] if heads % count else ["ulysses"]
+    if tgt_len % count:
+        return found
+    has_row_masks = config["attn_mask"] and not is_replaced(config)
+    is_causal = config["is_causal"] and not has_row_masks
+    is_mirrored = not is_causal or (src_len == tgt_len and tgt_len % (2 * count) == 0)
+    is_plain = not config["need_weights"] and config["implementation"] != "reference"
+    if is_plain and is_mirrored and src_len % count == 0:
+        found.append("ring")
+    return [*found, "all_gather"]
+
+
+def is_replaced(config):
+    """Whether a causal mask takes the place of attn_mask, as in PyTorch."""
+    is_alone = not config["key_padding_mask"] and not config["need_weights"]
+    return config["is_causal"] and is_alone
 
 
 def parts(config, name):
@@ -152,14 +183,17 @@ def draw_masks(config, rng, batch, heads, tgt_len, src_len):
 
 def names_of(config):
     """Returns which axes of the inputs are the batch, and the heads."""
-    first = ("batch",) if config["batch_first"] else (None, "batch")
+    batch_first = config["batch_first"]
+    first = ("batch", "length") if batch_first else ("length", "batch")
     names = dict.fromkeys(("query", "key", "value"), first)
+    if not config["keys_over"]:
+        undivided = ("batch",) if batch_first else (None, "batch")
+        names |= dict.fromkeys(("key", "value"), undivided)
     if config["mask_over"]:
         names["key_padding_mask"] = ("batch",)
         lead = {"heads": ("batch",), "four": ("batch", "heads")}
-        names["attn_mask"] = {**lead, "four_shared": (None, "heads")}.get(
-            config["attn_mask"], ()
-        )
+        lead["four_shared"] = (None, "heads")
+        names["attn_mask"] = (*lead.get(config["attn_mask"], ()), "length")
     return names
 
 
@@ -174,7 +208,8 @@ def on_mesh(config):
         tuple(kind[letter] for letter in kinds),
         devices=jax.devices()[:count],
     )
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules_of(config)):
+    rules = nn.logical_axis_rules(rules_of(config))
+    with jax.set_mesh(mesh), rules, length_by(config["way"]):
         yield mesh
 
 
@@ -182,6 +217,7 @@ def rules_of(config):
     return (
         ("batch", config["batch_over"] or None),
         ("heads", "tensor"),
+        ("length", config["length_over"] or None),
         ("embed", config["embed_over"]),
     )
 
@@ -190,12 +226,16 @@ def placed(config, mesh, args, names):
     params, arrays = args
     rules = dict(rules_of(config))
     spec = {"batch": config["batch_over"], "heads": ("tensor",)}
+    spec["length"] = config["length_over"]
 
     def put(name, x):
         axes = [spec.get(axis, ()) for axis in names.get(name, ())]
         sizes = [np.prod([mesh.shape[a] for a in part], dtype=int) for part in axes]
-        fits = all(x.shape[n] % size == 0 for n, size in enumerate(sizes))
-        return jax.device_put(x, NamedSharding(mesh, P(*axes) if fits else P()))
+        fitting = [
+            part if x.shape[n] % size == 0 else ()
+            for n, (part, size) in enumerate(zip(axes, sizes, strict=True))
+        ]
+        return jax.device_put(x, NamedSharding(mesh, P(*fitting)))
 
     shardings = param_shardings(params, mesh, tuple(rules.items()))
     arrays = {name: put(name, x) for name, x in arrays.items()}

@@ -1,27 +1,31 @@
 """Some of what `python -m tests.fuzz` draws, and that it would find a fault."""
 
-import numpy as np
+import functools
+
 import pytest
 
 from tests.fuzz import definition, layer
 from tests.fuzz.comparing import Mismatch
-from tests.fuzz.drawing import draw, simplest
+from tests.fuzz.drawing import drawn, simplest
 
 SEED, COUNT = 1, 12
+drawn_layer = functools.partial(drawn, layer, SEED)
 
 
-def drawn(n):
-    rng = np.random.default_rng([SEED, n])
-    return draw(layer.OPTIONS, layer.settle, rng)
-
-
-@pytest.mark.parametrize("n", range(COUNT))
+@pytest.mark.parametrize("n", [n * layer.SAME for n in range(COUNT)])
 def test_a_layer_is_what_it_is_by_definition(n):
-    layer.check(drawn(n))
+    layer.check(drawn_layer(n))
 
 
 def test_a_draw_can_be_repeated():
-    assert drawn(3) == drawn(3) != drawn(4)
+    assert drawn_layer(3) == drawn_layer(3) != drawn_layer(4)
+
+
+def test_a_few_draws_share_a_program():
+    first, second = drawn_layer(0), drawn_layer(1)
+    changed = {name for name in first if first[name] != second[name]}
+    assert "numbers" in changed
+    assert changed <= {"numbers", *layer.VALUES}
 
 
 def test_a_fault_is_found(monkeypatch):
@@ -31,12 +35,12 @@ def test_a_fault_is_found(monkeypatch):
     project = definition.project
     monkeypatch.setattr(definition, "project", fault)
     with pytest.raises(Mismatch):
-        layer.check(drawn(0) | dict(tgt_len=3, src_len=3, transform="eager"))
+        layer.check(drawn_layer(0) | dict(tgt_len=3, src_len=3, transform="eager"))
 
 
 def test_a_failing_configuration_is_made_simple():
     config = simplest(
-        drawn(5) | dict(num_heads=5, batch=3),
+        drawn_layer(5) | dict(num_heads=5, batch=3),
         layer.OPTIONS,
         layer.settle,
         fails=lambda config: config["num_heads"] > 1,

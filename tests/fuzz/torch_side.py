@@ -9,39 +9,46 @@ import numpy as np
 from tests.fuzz.drawing import pick
 
 
-def can_run(config):
-    """Whether PyTorch is there, and takes such a call of the layer."""
+def is_installed():
+    return importlib.util.find_spec("torch") is not None
+
+
+def can_run(config, *, wants_mask=True):
+    """Whether PyTorch is there, and takes such a call of the layer.
+
+    Args:
+        wants_mask: Whether it is told is_causal, which it wants an attn_mask beside.
+    """
     has_float_masks = config["key_padding_mask"] and config["attn_mask"]
+    is_narrow = (config["dtype"], config["mask_dtype"]) != ("float64", "same")
     is_empty = 0 in (config["batch"], config["tgt_len"], config["src_len"])
     return (
-        importlib.util.find_spec("torch") is not None
+        is_installed()
         # It draws dropout otherwise.
         and (config["dropout"] == 0 or config["deterministic"])
-        # It wants an attn_mask beside.
-        and not (config["is_causal"] and config["attn_mask"] is None)
+        and not (config["is_causal"] and config["attn_mask"] is None and wants_mask)
         # Their sum would overflow in narrower dtypes alone.
-        and not (config["lowest"] and has_float_masks and config["dtype"] != "float64")
+        and not (config["lowest"] and has_float_masks and is_narrow)
         # It cannot reshape masks without elements.
         and not (is_empty and (config["key_padding_mask"] or config["attn_mask"]))
     )
 
 
-def results(config, params, arrays, ours):
+def results(call, params, arrays, ours):
     """Returns PyTorch's results, and its gradients, "d_" before their names.
 
     Args:
+        call: `call(params, arrays)` returns them by name, of tensors by name.
         arrays: All of them; floating ones of each set, if there are sets.
         ours: Whose cotangents are taken.
     """
     if not ours.has_sets:
-        return _of_one_set(
-            config, params, arrays, ours.cotangents, bool(ours.gradients)
-        )
+        return _of_one_set(call, params, arrays, ours.cotangents, bool(ours.gradients))
     sets = []
     for s in range(2):
         one = {n: x if x.dtype == bool else x[s] for n, x in arrays.items()}
         cotangents = {n: x[s] for n, x in ours.cotangents.items()}
-        sets.append(_of_one_set(config, params, one, cotangents, True))
+        sets.append(_of_one_set(call, params, one, cotangents, bool(ours.gradients)))
     shared = {f"d_{name}" for name in params}
     return {
         name: sum(one[name] for one in sets)
@@ -51,7 +58,7 @@ def results(config, params, arrays, ours):
     }
 
 
-def _of_one_set(config, params, arrays, cotangents, with_gradients):
+def _of_one_set(call, params, arrays, cotangents, with_gradients):
     import torch
 
     def tensor(x):
@@ -63,8 +70,7 @@ def _of_one_set(config, params, arrays, cotangents, with_gradients):
     tensors = {name: tensor(x) for name, x in (arrays | params).items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Support for mismatched")
-        out, weights = _call(config, {n: tensors[n] for n in params}, tensors)
-    found = {"output": out} | ({} if weights is None else {"weights": weights})
+        found = call({n: tensors[n] for n in params}, tensors)
     results = {name: x.detach().numpy() for name, x in found.items()}
     if not with_gradients:
         return results
@@ -81,7 +87,13 @@ def _of_one_set(config, params, arrays, cotangents, with_gradients):
     }
 
 
-def _call(config, params, tensors):
+def layer(config, params, tensors):
+    """Returns what the layer, or its function, does."""
+    out, weights = _layer(config, params, tensors)
+    return {"output": out} | ({} if weights is None else {"weights": weights})
+
+
+def _layer(config, params, tensors):
     import torch
 
     key = tensors.get("key", tensors["query"])

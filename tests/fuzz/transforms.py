@@ -1,13 +1,17 @@
-"""One call of ours, under JAX's transformations."""
+"""Calls of ours, under JAX's transformations."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-OF_SETS = ("vmap", "scan")  # which have a first axis more in all arrays
-ALL = ("jit", "grad", "eager_grad", "remat", "jvp", *OF_SETS)
+SETS = 2  # of arrays, which are their first axis,
+OF_SETS = ("vmap", "scan")  # under these
+COMPILED = ("jit", "grad", "remat", "remat_names", "jvp", *OF_SETS)
+EAGER = ("eager", "eager_grad")
 
 # Compiling takes nearly all the time; without most optimizations, half of it.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -20,63 +24,68 @@ class Ours:
     """What a call gave; arrays by name, as NumPy's."""
 
     results: dict
-    seed: int
     has_sets: bool = False
     cotangents: dict = dataclasses.field(default_factory=dict)
     gradients: dict = dataclasses.field(default_factory=dict)
+    directions: dict = dataclasses.field(default_factory=dict)
     tangents: dict = dataclasses.field(default_factory=dict)
 
 
-def _same(params):
-    return params
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function under a transformation, compiled once for arguments of equal shapes.
 
-
-def run(transform, function, leaves, params, seed, *, convert=_same, restore=_same):
-    """Returns what `function(leaves, convert(params))` gives, and its derivatives.
-
-    Args:
-        transform: "eager", or one of `ALL`.
-        leaves, params: Floating arrays by name; those of params are of all sets.
+    Attributes:
+        function: `function(leaves, convert(params), rest)` returns arrays by name.
         restore: What undoes `convert`.
     """
-    if transform == "jvp":
-        return _pushed_forward(function, leaves, params, convert, seed)
-    leaves, params = jax.tree.map(jnp.asarray, (leaves, convert(params)))
-    if transform == "eager":
-        return Ours(_arrays(function(leaves, params)), seed)
-    if transform == "jit":
-        return Ours(_arrays(compiled(function)(leaves, params)), seed)
-    if transform == "vmap":
-        function = jax.vmap(function, in_axes=(0, None))
-    elif transform == "scan":
-        function = _scanned(function)
-    elif transform == "remat":
-        names = jax.checkpoint_policies.save_only_these_names("context", "lse")
-        function = jax.checkpoint(function, policy=names if seed % 2 else None)
 
-    def with_gradients(leaves, params):
-        results, pull_back = jax.vjp(function, leaves, params)
-        return results, pull_back(cotangents(results, seed))
+    transform: str
+    function: Callable
+    convert: Callable = dict
+    restore: Callable = dict
 
-    wrap = (lambda f: f) if transform == "eager_grad" else compiled
-    results, (d_leaves, d_params) = wrap(with_gradients)(leaves, params)
-    gradients = _arrays(d_leaves) | _arrays(restore(d_params))
-    return Ours(
-        _arrays(results),
-        seed,
-        has_sets=transform in OF_SETS,
-        cotangents=cotangents(results, seed),
-        gradients=gradients,
-    )
+    def __post_init__(self):
+        compiles = self.transform != "eager" and self.transform != "eager_grad"
+        step = STEPS[self.transform](self.function)
+        step = jax.jit(step, compiler_options=QUICK) if compiles else step
+        object.__setattr__(self, "step", step)
+
+    step: Any = dataclasses.field(init=False, repr=False)
+
+    def __call__(self, leaves, params, rest, seed):
+        """Returns what it gives, and its derivatives.
+
+        Args:
+            leaves, params: Floating arrays by name; those of params are of all sets.
+            rest: What else the function takes, which has no derivative.
+            seed: Of what derivatives are along.
+        """
+        at = leaves, self.convert(params)
+        if self.transform == "jvp":
+            signs = directions(leaves | params, seed)
+            along = self._along(leaves, signs), self.convert(self._along(params, signs))
+            results, tangents = self.step(at, along, rest)
+            return Ours(_arrays(results), directions=signs, tangents=_arrays(tangents))
+        at = jax.tree.map(jnp.asarray, at)
+        if self.transform in ("jit", "eager"):
+            return Ours(_arrays(self.step(*at, rest)))
+        results, (d_leaves, d_params) = self.step(*at, rest)
+        return Ours(
+            _arrays(results),
+            has_sets=self.transform in OF_SETS,
+            cotangents=cotangents(results),
+            gradients=_arrays(d_leaves) | _arrays(self.restore(d_params)),
+            directions=directions(leaves | params, seed),
+        )
+
+    def _along(self, arrays, signs):
+        return {n: signs[n].astype(x.dtype) for n, x in arrays.items()}
 
 
-def compiled(function):
-    return jax.jit(function, compiler_options=QUICK)
-
-
-def cotangents(results, seed):
+def cotangents(results):
     """Returns one for each result: quarters, which every dtype holds exactly."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return {
         name: (rng.integers(-4, 13, x.shape) / 4).astype(x.dtype)
         for name, x in results.items()
@@ -91,26 +100,58 @@ def directions(leaves, seed):
     }
 
 
-def _pushed_forward(function, leaves, params, convert, seed):
-    """Returns the tangents, along the `directions` of all leaves."""
-    signs = directions(leaves | params, seed)
-    signs = {n: x.astype((leaves | params)[n].dtype) for n, x in signs.items()}
-    moved = {n: signs[n] for n in leaves}, convert({n: signs[n] for n in params})
-    # Without LLVM's optimizations, one lane of XLA's CPU code has NaN tangents where a
-    # float mask is -inf.
-    push = jax.jit(
-        lambda at, along: jax.jvp(function, at, along),
-        compiler_options={"xla_backend_optimization_level": 3},
-    )
-    results, tangents = push((leaves, convert(params)), moved)
-    return Ours(_arrays(results), seed, tangents=_arrays(tangents))
+def _with_gradients(function):
+    def step(leaves, params, rest):
+        def call(leaves, params):
+            return function(leaves, params, rest)
+
+        results, pull_back = jax.vjp(call, leaves, params)
+        return results, pull_back(cotangents(results))
+
+    return step
 
 
-def _scanned(function):
-    def scanned(leaves, params):
-        return jax.lax.scan(lambda _, x: (None, function(x, params)), None, leaves)[1]
+def _remat(function):
+    return _with_gradients(jax.checkpoint(function))
 
-    return scanned
+
+def _remat_names(function):
+    names = jax.checkpoint_policies.save_only_these_names("context", "lse")
+    return _with_gradients(jax.checkpoint(function, policy=names))
+
+
+def _vmap(function):
+    return _with_gradients(jax.vmap(function, in_axes=(0, None, None)))
+
+
+def _scan(function):
+    def scanned(leaves, params, rest):
+        def step(_, x):
+            return None, function(x, params, rest)
+
+        return jax.lax.scan(step, None, leaves)[1]
+
+    return _with_gradients(scanned)
+
+
+def _jvp(function):
+    def push(at, along, rest):
+        return jax.jvp(lambda *args: function(*args, rest), at, along)
+
+    return push
+
+
+STEPS = dict(
+    eager=lambda function: function,
+    eager_grad=_with_gradients,
+    jit=lambda function: function,
+    grad=_with_gradients,
+    remat=_remat,
+    remat_names=_remat_names,
+    jvp=_jvp,
+    vmap=_vmap,
+    scan=_scan,
+)
 
 
 def _arrays(tree):

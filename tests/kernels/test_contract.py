@@ -165,6 +165,17 @@ def test_narrow_dtypes_are_close_to_the_truth_and_keep_their_dtype(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["blockwise", "reference"])
+def test_bfloat16_with_the_heads_first(name):
+    """XLA's CPU compiler would transpose the product, and then not have it."""
+    query, key = (jnp.ones((3, 2, length, 2), jnp.bfloat16) for length in (16, 7))
+
+    def attend(query, key):
+        return attended(name, *(x.swapaxes(1, 2) for x in (query, key, key)), Mask())
+
+    assert np.all(jax.jit(attend)(query, key) == 1)
+
+
+@pytest.mark.parametrize("name", ["blockwise", "reference"])
 def test_vmap_is_the_batch(name):
     query, key, value, _ = inputs("none", 129, 7)
     attend = functools.partial(attended, name, mask=Mask())
@@ -175,15 +186,17 @@ def test_vmap_is_the_batch(name):
 
 
 @pytest.mark.parametrize("name", ["blockwise", "reference"])
-@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 5, 2), (2, 0, 5, 2), (2, 5, 0, 2), (2, 5, 5, 0)], ids=str
+)
 def test_empty_axes_give_zeros(name, shape):
-    batch, tgt, src = shape
-    query = jnp.ones((batch, tgt, HEADS, HEAD_DIM))
-    key = jnp.ones((batch, src, HEADS, HEAD_DIM))
+    batch, tgt, src, heads = shape
+    query = jnp.ones((batch, tgt, heads, HEAD_DIM))
+    key = jnp.ones((batch, src, heads, HEAD_DIM))
     for weights in ("heads", None):
         call = Call(query, key, key)
         out, found = dot_product_attention(call, weights=weights, implementation=name)
-        assert weights is None or found.shape == (batch, HEADS, tgt, src)
+        assert weights is None or found.shape == (batch, heads, tgt, src)
         np.testing.assert_array_equal(out, jnp.zeros_like(query))
 
 

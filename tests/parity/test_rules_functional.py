@@ -173,6 +173,14 @@ def test_static_heads_replace_whatever_key_and_value_hold():
     np.testing.assert_array_equal(first, second)
 
 
+@need_weights
+def test_no_static_heads_at_all(need_weights):
+    key = normal(0, BATCH, EMBED)
+    call = forward_call(**statics(0), key=key, value=key, need_weights=need_weights)
+    out, _ = FORWARD.agree(**call)
+    assert np.isfinite(out).all()
+
+
 def test_static_heads_count_heads_inside_the_batch():
     """Row n * num_heads + h is head h of batch element n."""
     static = statics()
