@@ -22,7 +22,7 @@ from flax_mha._typing import Array
 def gradient(
     setting: Setting,
     shared: Shared,
-    like: tuple[int, int, int],
+    like: tuple[int, ...],
     d_out: Array,
     lse: Array,
     delta: Array,
@@ -99,7 +99,7 @@ class _Visits(NamedTuple):
     inner: tuple[int, int, int]  # those that share
 
     @classmethod
-    def of(cls, setting: Setting, like: tuple[int, int, int]) -> "_Visits":
+    def of(cls, setting: Setting, like: tuple[int, ...]) -> "_Visits":
         batch, heads, *_ = setting.logits
         blocks = setting.sizes.blocks
         outer = like[0], like[1], blocks if like[2] > 1 else 1

@@ -15,7 +15,10 @@ _TILE = 512  # rows of a block, and columns of a chunk
 # more cycles.
 _TALL = 1024
 _SHORT = 640  # tokens of sequences that are read as they lie, several heads a step
-_MOST_HEADS = 12  # of these; each is compiled for itself
+_MOST_SHORT_MIB = 28  # of the vector memory for them, beside what is computed
+# Logits of these heads together, as each is compiled for itself: those of a block of
+# rows and a span of other sequences.
+_MOST_LOGITS = _TILE * _MOST_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +96,10 @@ def _heads_of_step(call: Call) -> int:
             shared += of_mask
         else:
             of_head += of_mask
-    for group in range(min(heads, _MOST_HEADS), 0, -1):
+    for group in range(min(heads, _MOST_LOGITS // length**2), 0, -1):
         is_whole = group == heads or not any(group * dim % 128 for dim in dims)
         if heads % group == 0 and is_whole:
-            if shared + group * of_head <= _MOST_MIB * 2**20:
+            if shared + group * of_head <= _MOST_SHORT_MIB * 2**20:
                 return group
     return 0
 

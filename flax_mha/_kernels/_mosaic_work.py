@@ -98,12 +98,9 @@ class Work(NamedTuple):
     ) -> tuple[Array, ...]:
         """Returns those of float masks; see `Sizes.of_masks`."""
         rows = self.laid(d_out, lse, delta)
-        shapes = dict.fromkeys(x.shape[:3] for x in masks)
         totals = {
-            (batch, heads, tgt): _mosaic_masks.gradient(
-                *self, (batch, heads, tgt), *rows
-            )
-            for batch, heads, tgt in shapes
+            like: _mosaic_masks.gradient(*self, like, *rows)
+            for like in dict.fromkeys(x.shape[:3] for x in masks)
         }
         return tuple(_part_of(totals[x.shape[:3]], x) for x in masks)
 

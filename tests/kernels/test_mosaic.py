@@ -94,10 +94,10 @@ def test_heads_of_a_step_fill_registers_and_fit_the_vector_memory():
         return _mosaic_sizes.Sizes.of(Call(x, x, x), is_forward=True).heads
 
     assert heads(197, 12, 64) == 12
-    assert heads(197, 32, 64) == 8  # four at least, or two, make whole registers
-    assert heads(577, 16, 64) == 8
+    assert heads(197, 32, 64) == 16
+    assert heads(577, 16, 64) == 4
     assert heads(197, 7, 80) == 7  # all heads are as wide as the array
-    assert heads(197, 32, 80) == 8
+    assert heads(197, 32, 80) == 16  # eight make whole registers
     assert heads(197, 8, 60) == 0
     assert heads(641, 12, 64) == 0
 
