@@ -12,6 +12,7 @@ On a pod, run it on all hosts with --distributed. `docs/tpu.md` has the commands
 
 import argparse
 import functools
+import math
 import os
 import sys
 import traceback
@@ -53,7 +54,7 @@ class Block(nn.Module):
         x = x + attend(y, y, y, need_weights=False, deterministic=deterministic)[0]
         y = dense(4 * width, "embed", "mlp")(nn.LayerNorm()(x))
         x = x + dense(width, "mlp", "embed")(nn.gelu(y))
-        return nn.with_logical_constraint(x, ("batch", None, None))
+        return nn.with_logical_constraint(x, ("batch", "length", None))
 
 
 class VisionTransformer(nn.Module):
@@ -173,6 +174,7 @@ def arguments(argv=None):
     add("--heads", type=int, default=4)
     add("--layers", type=int, default=3)
     add("--fsdp", type=int, default=1, help="devices that divide the parameters")
+    add("--context", type=int, default=1, help="devices that divide the length")
     add("--tensor", type=int, default=1, help="devices that divide heads and MLPs")
     add("--save-every", type=int, default=50, metavar="STEPS")
     add("--log-every", type=int, default=10, metavar="STEPS")
@@ -185,15 +187,17 @@ def arguments(argv=None):
 
 
 def make_mesh(args):
-    """Returns a mesh of all devices; those of neither flag are for data."""
-    data, left = divmod(jax.device_count(), args.fsdp * args.tensor)
+    """Returns a mesh of all devices; those of no flag are for data."""
+    flags = args.fsdp, args.context, args.tensor
+    data, left = divmod(jax.device_count(), math.prod(flags))
     if left or args.batch % (data * args.fsdp) or args.batch > IMAGES:
         raise SystemExit(
-            f"--fsdp times --tensor must divide the {jax.device_count()} devices, and "
-            f"all but those of --tensor divide --batch, of {IMAGES} at most."
+            f"--fsdp times --context times --tensor must divide the "
+            f"{jax.device_count()} devices, and those of data and --fsdp must divide "
+            f"--batch, of {IMAGES} at most."
         )
-    sizes, names = (data, args.fsdp, args.tensor), ("data", "fsdp", "tensor")
-    return jax.make_mesh(sizes, names, (AxisType.Auto,) * 3)
+    names = "data", "fsdp", "context", "tensor"
+    return jax.make_mesh((data, *flags), names, (AxisType.Auto,) * 4)
 
 
 def main(argv=None):

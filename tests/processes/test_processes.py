@@ -61,7 +61,7 @@ def test_of_two_processes_one_is_killed_and_one_process_goes_on(tmp_path):
         assert processes.codes[0] == 1
         first = losses(processes.output())
     last = max(int(path.name) for path in killed.iterdir() if path.name.isdigit())
-    then = train_here(killed, "--steps", last + 3, "--fsdp", 2, "--tensor", 2)
+    then = train_here(killed, "--steps", last + 3, "--fsdp", 2, "--context", 2)
     assert list(then) == [last + 1, last + 2, last + 3]
     want = train_here(alone, "--steps", last + 3)
     for got in (first, then):
