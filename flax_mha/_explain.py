@@ -42,6 +42,7 @@ class Explanation:
             `flax_mha.sharding.length_by`. `shape` is then what one kernel attends.
         left_to_xla: Auto mesh axes of which no rule speaks.
         left_out: What rules say of the call and cannot be, in words.
+        gathered: What each device gets whole, though types divide it, in words.
     """
 
     shape: tuple[int, int, int, int]
@@ -54,6 +55,7 @@ class Explanation:
     length_by: str | None
     left_to_xla: tuple[str, ...]
     left_out: tuple[str, ...]
+    gathered: tuple[str, ...]
 
     def __str__(self) -> str:
         batch, heads, tgt_len, src_len = self.shape
@@ -69,6 +71,7 @@ class Explanation:
             parts = ", ".join(parts) or "all of it"
             lines.append(f"  on each device of a mesh: {parts}")
         lines += [f"    not divided: {why}" for why in self.left_out]
+        lines += [f"    gathered: {what}" for what in self.gathered]
         if self.left_to_xla:
             lines.append(f"    divided by XLA: {self.left_to_xla}, without a rule")
         for platform, kernel in self.kernels.items():
@@ -146,4 +149,5 @@ def _explanation(plan: Plan) -> Explanation:
         length_by=place.length.way if place and place.length else None,
         left_to_xla=() if place is None else place.left_to_xla,
         left_out=() if place is None else place.left_out,
+        gathered=() if place is None else place.gathered,
     )

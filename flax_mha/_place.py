@@ -35,6 +35,7 @@ class Place(NamedTuple):
     length: Length | None
     left_to_xla: _mesh.Axes  # Auto axes that no rule speaks of
     left_out: tuple[str, ...]  # in words: what rules say that cannot be
+    gathered: tuple[str, ...] = ()  # in words: what types divide, and devices get whole
 
     @classmethod
     def of(
@@ -65,7 +66,8 @@ class Place(NamedTuple):
                 left_out += [why_not] if why_not else []
         left = tuple(axis for axis in mesh.auto_axes if axis not in ruled)
         place = cls(mesh, found["batch"], found["heads"], None, left, tuple(left_out))
-        return place._with_length(found, layout, call, weights, implementation)
+        place = place._with_length(found, layout, call, weights, implementation)
+        return place._replace(gathered=place._gathered(layout, call))
 
     def _with_length(self, found, layout, call, weights, implementation) -> "Place":
         """Returns the place with the axes that divide the length, if any do."""
@@ -103,6 +105,22 @@ class Place(NamedTuple):
             )
         why = f"length over mesh axes {axes}: {length}"
         return self._replace(left_out=(*self.left_out, why))
+
+    def _gathered(self, layout: Any, call: Call) -> tuple[str, ...]:
+        found = []
+
+        def compare(path, x, spec):
+            kept = {axis for axes in spec for axis in _mesh.as_tuple(axes)}
+            divided = _mesh.explicit_spec(x) if np.ndim(x) else ()
+            axes = tuple(a for axes in divided for a in axes if a not in kept)
+            if axes:
+                found.append(f"{path[0].name} over {axes}")
+
+        _, specs = self._specs(layout, call)
+        jax.tree_util.tree_map_with_path(compare, call, specs)
+        if self.length is not None and self.length.way == "all_gather":
+            found.append(f"key and value over {self.length.axes}")
+        return tuple(found)
 
     def attend(
         self,

@@ -20,7 +20,7 @@ from flax_mha.functional import (
     multi_head_attention_forward,
     scaled_dot_product_attention,
 )
-from flax_mha.sharding import param_shardings
+from flax_mha.sharding import length_by, param_shardings
 from tests.collectives import collectives
 
 BATCH, LENGTH, EMBED, HEADS = 4, 6, 16, 4
@@ -434,6 +434,20 @@ def test_explain_tells_how_a_call_is_divided():
     assert unknown.divided is None
     assert "batch over ('data',), heads over ('tensor',)" in str(call)
     assert "not divided: batch is 3" in str(odd)
+
+
+def test_explain_tells_what_is_gathered():
+    mesh, _ = on_mesh("explicit", ())
+    with jax.set_mesh(mesh):
+        x = jax.device_put(np.ones((2, 4, 8, 4)), jax.P("data"))
+        mask = jax.device_put(np.ones((1, 1, 8, 8)), jax.P(None, None, None, "tensor"))
+        (call,) = explain(scaled_dot_product_attention, x, x, x, mask)
+        long = jax.device_put(x, jax.P("data", None, "tensor"))
+        with length_by("all_gather"):
+            (other,) = explain(scaled_dot_product_attention, long, long, long)
+    assert call.gathered == ("mask over ('tensor',)",)
+    assert other.gathered == ("key and value over ('tensor',)",)
+    assert "gathered: key and value" in str(other)
 
 
 def test_explicit_axes_may_not_divide_the_features_of_a_head():
