@@ -10,7 +10,7 @@ import pytest
 
 from flax_mha._call import Call
 from flax_mha._dropout import Dropout, Part
-from flax_mha._kernels import blockwise, cudnn, mosaic, reference, splash
+from flax_mha._kernels import blockwise, cudnn, mosaic, reference
 from flax_mha._masks import Mask
 from flax_mha._ring import _merged
 from flax_mha._runs import Runs
@@ -39,7 +39,6 @@ def lowered():
 KERNELS = {
     "blockwise": (blockwise, "float32"),
     "mosaic": (mosaic, "float32"),
-    "splash": (splash, "float32"),
     "cudnn": (cudnn, "bfloat16"),
 }
 MASKS = {
@@ -59,7 +58,7 @@ def whole(dtype, mask):
 def in_parts(kernel, call, d_out):
     """Returns the output, and the gradients of query, key and value."""
     options: dict = dict(precision="highest")
-    if kernel in (mosaic, splash):
+    if kernel is mosaic:
         options["interpret"] = True
 
     def part(x, n, axis):
@@ -99,7 +98,6 @@ def in_parts(kernel, call, d_out):
         ("blockwise", "lowered"),
         ("mosaic", "lowered"),
         ("mosaic", "padding"),
-        ("splash", "padding"),
         ("cudnn", "lowered"),
         ("cudnn", "padding"),
     ],
@@ -189,8 +187,7 @@ def test_columns_of_a_part_are_dropped_as_in_the_whole(kernel):
     np.testing.assert_allclose(got, reference.attend(call)[0], atol=1e-5)
 
 
-def test_kernels_that_count_queries_from_the_first_say_so():
+def test_a_kernel_that_counts_queries_from_the_first_says_so():
     x = jax.ShapeDtypeStruct((1, 8, 1, 32), "bfloat16")
     call = Call(x, x, x, Mask(is_causal=True, rows=Runs(0, 0, 0)))
-    for kernel in (cudnn, splash):
-        assert kernel.unsupported(call) == "its causal mask begins at the first query"
+    assert cudnn.unsupported(call) == "its causal mask begins at the first query"
