@@ -202,11 +202,13 @@ def make_mesh(args):
 
 def main(argv=None):
     args = arguments(argv)
+    # After how long who waits for a dead process, as in saving, ends at the latest.
+    seconds = {"heartbeat_timeout_seconds": 30}
     if args.distributed:
         address, count, index = args.distributed
-        jax.distributed.initialize(address, int(count), int(index))
+        jax.distributed.initialize(address, int(count), int(index), **seconds)
     elif args.distributed is not None:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**seconds)
     mesh = make_mesh(args)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         train(args, mesh)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import signal
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ def train_here(*argv):
 
 
 SMALL = (
-    "--layers 1 --width 16 --heads 2 --batch 16 --save-every 2 --log-every 1".split()
+    "--layers 1 --width 16 --heads 2 --batch 16 --save-every 20 --log-every 1".split()
 )
 
 
@@ -55,10 +56,10 @@ def test_of_two_processes_one_is_killed_and_one_process_goes_on(tmp_path):
     killed, alone = tmp_path / "killed", tmp_path / "alone"
     argv = [killed, *SMALL, "--steps", 100_000, "--fsdp", 2]
     with Processes(tmp_path, 2, "examples.train", *argv) as processes:
-        processes.wait_until(lambda: "step 4:" in processes.output(), DEADLINE)
+        processes.wait_until(lambda: "step 24:" in processes.output(), DEADLINE)
         processes.kill(1)
-        assert processes.wait(DEADLINE) < 30
-        assert processes.codes[0] == 1
+        assert processes.wait(DEADLINE) < 60
+        assert processes.codes[0] in (1, -signal.SIGABRT)  # our end of it, or JAX's
         first = losses(processes.output())
     last = max(int(path.name) for path in killed.iterdir() if path.name.isdigit())
     then = train_here(killed, "--steps", last + 3, "--fsdp", 2, "--context", 2)
