@@ -138,4 +138,4 @@ def test_weights_nobody_uses_cost_no_operations_and_one_block_of_memory(grad):
     block = 512 * LENGTH * 4  # in bytes: weights want whole rows of the logits
     assert temporaries(dropped) <= temporaries(absent) + block
     for operation in (" dot(", " exponential("):
-        assert dropped.as_text().count(operation) == absent.as_text().count(operation)
+        assert dropped.as_text().count(operation) <= absent.as_text().count(operation)
