@@ -16,11 +16,15 @@ DATA = pathlib.Path(digits_vit.__file__).parent / "data"
 def finished(tmp_path_factory):
     """Runs the example as a reader does; returns its output folder."""
     out = tmp_path_factory.mktemp("digits_vit")
+    train_x, test_x, train_y, test_y = digits_vit.load_digits_split()
+    fewer = train_x[:140], test_x, train_y[:140], test_y  # an epoch takes a while
     with (
+        pytest.MonkeyPatch.context() as patch,
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
+        patch.setattr(digits_vit, "load_digits_split", lambda: fewer)
         digits_vit.main(["--out", str(out)])  # exits if its logits differ from torch's
         yield out
 

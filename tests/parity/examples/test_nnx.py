@@ -57,7 +57,10 @@ def test_transformer_is_torchs(options):
     np.testing.assert_allclose(got, want.detach(), **TOLERANCE)
 
 
-def test_digits_are_finetuned_and_go_back_to_torch_strictly(tmp_path):
+def test_digits_are_finetuned_and_go_back_to_torch_strictly(tmp_path, monkeypatch):
+    train_x, images, train_y, labels = digits_vit_nnx.load_digits_split()
+    fewer = train_x[:140], images, train_y[:140], labels  # an epoch takes a while
+    monkeypatch.setattr(digits_vit_nnx, "load_digits_split", lambda: fewer)
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
@@ -68,7 +71,6 @@ def test_digits_are_finetuned_and_go_back_to_torch_strictly(tmp_path):
         model = digits_vit_nnx.VisionTransformer(nnx.Rngs(0))
         params = convert.convert_tree(after, digits_vit_nnx.NUM_HEADS)
         convert.update_nnx(model, params)
-        _, images, _, _ = digits_vit_nnx.load_digits_split()
         logits = digits_vit_nnx.predict(model, images)
     theirs = train_digits_in_torch.VisionTransformer()
     tensors = {name: torch.from_numpy(array) for name, array in after.items()}
