@@ -1,3 +1,4 @@
+import collections
 import os
 
 # JAX reads this when it starts. Eight devices on the CPU, for the tests that shard; and
@@ -26,6 +27,28 @@ import flax_mha
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cases of each test, run only every N-th",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    every, seen = config.getoption("--every"), collections.Counter()
+    kept, others = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (others if seen[test] % every else kept).append(item)
+        seen[test] += 1
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
 
 
 @pytest.fixture
