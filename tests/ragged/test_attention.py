@@ -88,8 +88,9 @@ def results(implementation, q, k, v, mask=None, more=None, dropout=None, **optio
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Elements are cut into several parts, and heads into groups."""
-    monkeypatch.setattr(_ragged_blocks, "_LARGEST", 64)
-    monkeypatch.setattr(_ragged_blocks, "_WIDE_STEP", 32)
+    monkeypatch.setattr(_ragged_blocks, "_ROWS", (32, 64))
+    monkeypatch.setattr(_ragged_blocks, "_ROWS_WHOLE", (32, 64))
+    monkeypatch.setattr(_ragged_blocks, "_FEWEST_COLUMNS", 32)
     monkeypatch.setattr(_ragged_blocks, "_LOGITS", 64 * 32)
     monkeypatch.setattr(_ragged_blocks, "_LOGITS_BACKWARD", 64 * 32)
     jax.clear_caches()
