@@ -40,7 +40,7 @@ def attend(
     if weights is None:
         # Both branches must be finite for the gradient to be: replace the logits of a
         # fully masked row before the softmax, and its result after it.
-        alive = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf) != -jnp.inf
+        alive = jnp.any(logits != -jnp.inf, axis=-1, keepdims=True)
         probs = jnp.where(alive, jax.nn.softmax(jnp.where(alive, logits, 0)), 0)
     else:
         probs = jax.nn.softmax(logits)
