@@ -130,6 +130,7 @@ class Place(NamedTuple):
         call: Call,
     ) -> _Results:
         """Returns `attend(options, layout, call)`, each device attending its part."""
+        call = call.repeated(self.parts(self._axes(attended=True)["heads"]))
         args = jax.tree.map(self._put, (layout, call), self._specs(layout, call))
         # What is quantized must not be kept for others.
         run = _attend_parts if is_quantized() else _compiled_parts
