@@ -3,7 +3,7 @@
 python -m benchmarks.length    (needs the `tpu` extra, on Linux x86-64; no TPU)
 
 A training step of the attention of 16 heads of 128, bfloat16, one sequence, compiled by
-the real compiler. It takes an hour: `--way` and `--length` choose.
+the real compiler. It takes some minutes: `--way` and `--length` choose.
 """
 
 import argparse
