@@ -37,17 +37,21 @@ class Call(NamedTuple):
         batch, tgt_len, num_heads, _ = self.query.shape
         return batch, num_heads, tgt_len, self.key.shape[1]
 
-    def repeated(self, parts: int | None = None) -> "Call":
-        """Returns the call with a head of keys and of values for each of queries.
+    def repeated(self, axis: int, parts: int | None = None) -> "Call":
+        """Returns the call with as many heads of keys and of values as of queries.
 
         Args:
-            parts: No more than as many that these divide their heads.
+            axis: Of their heads.
+            parts: If given, only so many heads that these divide them.
         """
+        heads = self.query.shape[2]
 
         def repeat(x):
-            return _repeated(x, math.lcm(x.shape[2], parts) if parts else heads)
+            own = x.shape[axis]
+            if own == heads:
+                return x
+            return _repeated(x, math.lcm(own, parts or heads) // own, axis)
 
-        heads = self.query.shape[2]
         return self._replace(key=repeat(self.key), value=repeat(self.value))
 
 
@@ -78,10 +82,8 @@ class Places:
     same_lengths: bool = dataclasses.field(metadata=dict(static=True))
 
 
-def _repeated(x: Array, heads: int) -> Array:
+def _repeated(x: Array, times: int, axis: int) -> Array:
     """As `jnp.repeat`, which cannot where explicit mesh axes divide the axis."""
-    batch, length, size, dim = x.shape
-    if size == heads:
-        return x
-    x = jnp.broadcast_to(x[:, :, :, None], (batch, length, size, heads // size, dim))
-    return x.reshape(batch, length, heads, dim)
+    before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, size, times, *after))
+    return x.reshape(*before, size * times, *after)

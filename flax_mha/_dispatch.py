@@ -83,7 +83,7 @@ def _run(options: Options, layout: Any, call: Call) -> Any:
     if length is not None and length.way == "ring":
         layout = Ring(length.axes, length.parts)  # it moves no head twice
     else:
-        call = call.repeated()
+        call = call.repeated(layout.columns.index("heads"))
     if options.implementation == "reference":
         attend = functools.partial(_by_definition, options)
         with jax.named_scope("reference"):

@@ -200,7 +200,7 @@ class Ring(Padded):
         key, value = (_part(x, at.keys * columns, columns, 1) for x in keys)
         query = _part(call.query, at.queries * rows, rows, 1)
         part = Call(query, key, value, mask, call.scale, dropout, extra)
-        return part.repeated()
+        return part.repeated(axis=2)
 
     def _parts(self, call: Call) -> int:
         """Returns how many parts a device has of queries, and of keys."""
