@@ -7,7 +7,6 @@ compiled by the real compiler: it takes ten minutes, and no TPU.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import os
 from collections import Counter
@@ -20,13 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
 from benchmarks.collectives import SENT, moves
 from examples import train
-from flax_mha import sharding, training
 
 AXES = ("data", "fsdp", "context", "tensor")
 # By how many chips: their topology, and the sizes of the axes.
@@ -41,18 +38,14 @@ WIDTH, HEADS, LAYERS, SIZE = 1024, 16, 12, 128  # of images, in pixels
 
 
 def compiled(chips: int):
-    """Returns the program of a step, and its parameters and optimizer's state."""
+    """Returns the program of a step."""
     topology, shape = MESHES[chips]
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     devices, types = found.devices[:chips], (AxisType.Auto,) * len(AXES)
     mesh = jax.make_mesh(shape, AXES, types, devices=devices)
     model = train.VisionTransformer(WIDTH, HEADS, LAYERS, "bfloat16")
-    adamw = optax.adamw(1e-3, weight_decay=0.05, mask=training.decay_mask)
-    create = functools.partial(train.new_state, model, adamw, SIZE)
     with jax.set_mesh(mesh), nn.logical_axis_rules(train.RULES):
-        shapes = jax.eval_shape(create)
-        places = sharding.param_shardings(shapes, mesh, train.RULES)
-        state = jax.jit(create, out_shardings=places).eval_shape()
+        state = train.creator(model, mesh, SIZE).eval_shape()
         by_batch = NamedSharding(mesh, train.BATCH)
         images = (chips, SIZE, SIZE)
         images = jax.ShapeDtypeStruct(images, jnp.float32, sharding=by_batch)

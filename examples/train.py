@@ -11,7 +11,6 @@ On a pod, run it on all hosts with --distributed. `docs/tpu.md` has the commands
 """
 
 import argparse
-import functools
 import math
 import os
 import sys
@@ -114,11 +113,17 @@ def batch_of(step, images, labels, size, mesh):
     return divided(images), divided(labels)
 
 
-def new_state(model, optimizer, size=8):
-    """Returns what is trained, in Flax's boxes, which know the names of axes."""
-    images = jnp.zeros((1, size, size))
-    params = model.init(jax.random.key(0), images, True)["params"]
-    return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+def creator(model, mesh, size=8):
+    """Returns a function that makes what is trained, divided over a mesh."""
+    adamw = optax.adamw(1e-3, weight_decay=0.05, mask=training.decay_mask)
+
+    def create():  # in Flax's boxes, which know the names of axes
+        images = jnp.zeros((1, size, size))
+        params = model.init(jax.random.key(0), images, True)["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=adamw)
+
+    shardings = sharding.param_shardings(jax.eval_shape(create), mesh, RULES)
+    return jax.jit(create, out_shardings=shardings)
 
 
 def train_step(state, images, labels):
@@ -140,10 +145,7 @@ def accuracy(state, images, labels):
 
 def train(args, mesh):
     model = VisionTransformer(args.width, args.heads, args.layers, args.dtype)
-    adamw = optax.adamw(1e-3, weight_decay=0.05, mask=training.decay_mask)
-    create = functools.partial(new_state, model, adamw)
-    shardings = sharding.param_shardings(jax.eval_shape(create), mesh, RULES)
-    create = jax.jit(create, out_shardings=shardings)
+    create = creator(model, mesh)
     options = ocp.CheckpointManagerOptions(
         save_interval_steps=args.save_every,
         max_to_keep=2,
