@@ -3,7 +3,7 @@
 python -m benchmarks.pod    (needs the `examples` and `tpu` extras, on Linux x86-64)
 
 Twelve layers of width 1024, 16 heads, and for each chip one image of 4096 patches,
-compiled by the real compiler: it takes ten minutes, and no TPU.
+compiled by the real compiler: it takes some minutes, and no TPU.
 """
 
 import argparse
