@@ -3,13 +3,11 @@
 python -m benchmarks.length    (needs the `tpu` extra, on Linux x86-64; no TPU)
 
 A training step of the attention of 16 heads of 128, bfloat16, one sequence, compiled by
-the real compiler. It takes an hour: `--way` and `--length` choose.
+the real compiler. It takes some minutes: `--way` and `--length` choose.
 """
 
 import argparse
-import math
 import os
-import re
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -22,20 +20,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.collectives import sent
 from flax_mha.functional import scaled_dot_product_attention
 from flax_mha.sharding import length_by
 
 WAYS = ("ulysses", "all_gather", "ring")
 CHIPS = {16384: 2, 32768: 4, 131072: 16}
-BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
-# Of the bytes of the result, how many a chip sends, for n chips.
-SENT = {
-    "all-gather": lambda n: (n - 1) / n,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-    "reduce-scatter": lambda n: n - 1,
-}
 
 
 def step(query, key, value, is_causal):
@@ -58,35 +48,6 @@ def compiled(way, length, chips, is_causal):
         return run.lower(x, x, x, is_causal).compile()
 
 
-def sent(text: str, chips: int) -> float:
-    """Returns the bytes that a chip sends in a program."""
-    bodies, name = {}, ""
-    for line in text.splitlines():
-        begins = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if begins:
-            name = "entry" if begins[1] else begins[2]
-        bodies.setdefault(name, []).append(line)
-    return _sent("entry", bodies, chips)
-
-
-def _sent(name, bodies, chips):
-    total = 0.0
-    for line in bodies[name]:
-        loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
-        if loop:  # of a ring: the first keys are a device's own, the last follow it
-            total += (chips - 2) * _sent(loop[1], bodies, chips)
-        move = re.search(rf"= (.*) ({'|'.join(SENT)})(-start)?\(", line)
-        if move:
-            sizes = [
-                BYTES[dtype] * math.prod(map(int, dims.split(",")))
-                for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", move[1])
-            ]
-            # What is under way is a pair of operand and result, and flags.
-            size = sizes[1] if move[3] and len(sizes) > 1 else sum(sizes)
-            total += SENT[move[2]](chips) * size
-    return total
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--way", choices=WAYS, action="append")
@@ -101,7 +62,7 @@ def main():
             program = compiled(way, length, chips, options.causal)
             memory = program.memory_analysis().temp_size_in_bytes / 2**20
             text = program.as_text()
-            moved = sent(text, chips) / 2**20
+            moved = sent(program) / 2**20
             kernels = text.count('custom_call_target="tpu_custom_call"')
             row = way, length, chips, f"{memory:.0f}", f"{moved:.0f}", kernels
             print(f"| {' | '.join(map(str, row))} |", flush=True)

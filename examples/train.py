@@ -11,7 +11,6 @@ On a pod, run it on all hosts with --distributed. `docs/tpu.md` has the commands
 """
 
 import argparse
-import functools
 import math
 import os
 import sys
@@ -36,45 +35,60 @@ BATCH = P(("data", "fsdp"))
 IMAGES = 1440  # of 1797, to train on
 
 
-def dense(features, *axes):
-    init = nn.initializers.xavier_uniform()
-    return nn.Dense(features, kernel_init=nn.with_logical_partitioning(init, axes))
+def dense(features, *axes, dtype):
+    init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), axes)
+    return nn.Dense(features, dtype=dtype, kernel_init=init)
 
 
 class Block(nn.Module):
     """Attention, then an MLP, each on a normed input and added to its input."""
 
     heads: int
+    dtype: str
 
     @nn.compact
     def __call__(self, x, deterministic):  # (batch, patches, width)
-        width = x.shape[-1]
-        attend = MultiheadAttention(width, self.heads, dropout=0.1, batch_first=True)
-        y = nn.LayerNorm()(x)
+        width, dtype = x.shape[-1], self.dtype
+        attend = MultiheadAttention(
+            width, self.heads, dropout=0.1, batch_first=True, dtype=dtype
+        )
+        y = nn.LayerNorm(dtype=dtype)(x)
         x = x + attend(y, y, y, need_weights=False, deterministic=deterministic)[0]
-        y = dense(4 * width, "embed", "mlp")(nn.LayerNorm()(x))
-        x = x + dense(width, "mlp", "embed")(nn.gelu(y))
-        return nn.with_logical_constraint(x, ("batch", "length", None))
+        y = nn.LayerNorm(dtype=dtype)(x)
+        y = nn.gelu(dense(4 * width, "embed", "mlp", dtype=dtype)(y))
+        x = x + dense(width, "mlp", "embed", dtype=dtype)(y)
+        return nn.with_logical_constraint(x, ("batch", "length", None)), None
 
 
 class VisionTransformer(nn.Module):
-    """Classifies an 8x8 image from 16 patches of 2x2 pixels."""
+    """Classifies square images from patches of 2x2 pixels."""
 
     width: int
     heads: int
     layers: int
+    dtype: str = "float32"  # of activations; parameters are float32
 
     @nn.compact
-    def __call__(self, images, deterministic):  # (batch, 8, 8)
-        x = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
+    def __call__(self, images, deterministic):  # (batch, size, size)
+        side = images.shape[1] // 2
+        x = images.reshape(-1, side, 2, side, 2).swapaxes(2, 3)
+        x = x.reshape(-1, side * side, 4)
         init = nn.with_logical_partitioning(
             nn.initializers.normal(0.02), (None, "embed")
         )
-        x = dense(self.width, None, "embed")(x)
-        x = x + self.param("positions", init, (16, self.width))
-        for _ in range(self.layers):
-            x = Block(self.heads)(x, deterministic)
-        return dense(10, "embed", None)(nn.LayerNorm()(x).mean(axis=1))
+        x = dense(self.width, None, "embed", dtype=self.dtype)(x)
+        x = x + self.param("positions", init, x.shape[1:]).astype(self.dtype)
+        blocks = nn.scan(  # of which one is compiled, however many they are
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = blocks(self.heads, self.dtype)(x, deterministic)
+        x = nn.LayerNorm()(x).mean(axis=1)
+        return dense(10, "embed", None, dtype=jnp.float32)(x)
 
 
 def digits():
@@ -99,10 +113,17 @@ def batch_of(step, images, labels, size, mesh):
     return divided(images), divided(labels)
 
 
-def new_state(model, optimizer):
-    """Returns what is trained, in Flax's boxes, which know the names of axes."""
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8)), True)["params"]
-    return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+def creator(model, mesh, size=8):
+    """Returns a function that makes what is trained, divided over a mesh."""
+    adamw = optax.adamw(1e-3, weight_decay=0.05, mask=training.decay_mask)
+
+    def create():  # in Flax's boxes, which know the names of axes
+        images = jnp.zeros((1, size, size))
+        params = model.init(jax.random.key(0), images, True)["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=adamw)
+
+    shardings = sharding.param_shardings(jax.eval_shape(create), mesh, RULES)
+    return jax.jit(create, out_shardings=shardings)
 
 
 def train_step(state, images, labels):
@@ -123,11 +144,8 @@ def accuracy(state, images, labels):
 
 
 def train(args, mesh):
-    model = VisionTransformer(args.width, args.heads, args.layers)
-    adamw = optax.adamw(1e-3, weight_decay=0.05, mask=training.decay_mask)
-    create = functools.partial(new_state, model, adamw)
-    shardings = sharding.param_shardings(jax.eval_shape(create), mesh, RULES)
-    create = jax.jit(create, out_shardings=shardings)
+    model = VisionTransformer(args.width, args.heads, args.layers, args.dtype)
+    create = creator(model, mesh)
     options = ocp.CheckpointManagerOptions(
         save_interval_steps=args.save_every,
         max_to_keep=2,
@@ -173,6 +191,7 @@ def arguments(argv=None):
     add("--width", type=int, default=64)
     add("--heads", type=int, default=4)
     add("--layers", type=int, default=3)
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--fsdp", type=int, default=1, help="devices that divide the parameters")
     add("--context", type=int, default=1, help="devices that divide the length")
     add("--tensor", type=int, default=1, help="devices that divide heads and MLPs")

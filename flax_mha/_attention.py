@@ -234,21 +234,28 @@ def _linear(
     over = range(x.ndim - axes, x.ndim), range(weight.ndim - axes, weight.ndim)
     heads = weight.ndim - (2 if axes == 2 else 3)
     names = ["heads" if axis == heads else None for axis in range(weight.ndim)]
-    weight = _mesh.constrained(weight, names)
+    tokens = x.shape[0] * x.shape[1]  # or symbolic, in an export
+    is_few = isinstance(tokens, int) and tokens <= _FEW_TOKENS and not is_quantized()
     _, rows, features = division = _mesh.Division.of(x, weight, names[:-axes])
-    weight = division.put(weight, *features, *_mesh.explicit_spec(x)[-axes:])
     product = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=wide
     )
-    tokens = x.shape[0] * x.shape[1]  # or symbolic, in an export
-    if isinstance(tokens, int) and tokens <= _FEW_TOKENS and not is_quantized():
+
+    def multiply(x, weight):
+        weight = _mesh.gathered(weight, names)
+        weight = division.put(weight, *features, *_mesh.explicit_spec(x)[-axes:])
+        if not is_few:
+            options = division.options(*rows, *features)
+            return product(x, weight, (over, ((), ())), **options)
         # XLA's CPU compiler transposes the second factor, of which there is less here.
         options = division.options(*features, *rows)
         out = product(weight, x, ((over[1], over[0]), ((), ())), **options)
-        out = jnp.moveaxis(out, (-2, -1), (0, 1))
-    else:
-        options = division.options(*rows, *features)
-        out = product(x, weight, (over, ((), ())), **options)
+        return jnp.moveaxis(out, (-2, -1), (0, 1))
+
+    if _mesh.mesh_of(x) is not None and not is_quantized():
+        # What is kept for the gradient is the weight, not what is gathered of it.
+        multiply = jax.checkpoint(multiply, prevent_cse=False)
+    out = multiply(x, weight)
     if bias is not None:
         out = out + division.put(bias, *features).astype(wide)[None, None]
     return out.astype(x.dtype)

@@ -1,9 +1,11 @@
 """What attention is called with, below the projections; and what its gradients are."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from flax_mha._dropout import Dropout
 from flax_mha._masks import Mask
@@ -22,7 +24,7 @@ class Call(NamedTuple):
     """The arguments of a kernel; of shapes alone where nothing is computed."""
 
     query: QueryHeads
-    key: KeyHeads
+    key: KeyHeads  # for kernels, as many heads as queries have
     value: ValueHeads
     mask: Mask = Mask()
     scale: Any = 1.0  # of the logits; in kernels an array
@@ -34,6 +36,23 @@ class Call(NamedTuple):
         """The shape of all logits: (batch, heads, tgt, src)."""
         batch, tgt_len, num_heads, _ = self.query.shape
         return batch, num_heads, tgt_len, self.key.shape[1]
+
+    def repeated(self, axis: int, parts: int | None = None) -> "Call":
+        """Returns the call with as many heads of keys and of values as of queries.
+
+        Args:
+            axis: Of their heads.
+            parts: If given, only so many heads that these divide them.
+        """
+        heads = self.query.shape[2]
+
+        def repeat(x):
+            own = x.shape[axis]
+            if own == heads:
+                return x
+            return _repeated(x, math.lcm(own, parts or heads) // own, axis)
+
+        return self._replace(key=repeat(self.key), value=repeat(self.value))
 
 
 class Gradients(NamedTuple):
@@ -61,3 +80,10 @@ class Places:
     max_lens: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
     # Known: queries and keys have the same offsets, capacity and max_len.
     same_lengths: bool = dataclasses.field(metadata=dict(static=True))
+
+
+def _repeated(x: Array, times: int, axis: int) -> Array:
+    """As `jnp.repeat`, which cannot where explicit mesh axes divide the axis."""
+    before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, size, times, *after))
+    return x.reshape(*before, size * times, *after)

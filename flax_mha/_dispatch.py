@@ -81,7 +81,9 @@ def _run(options: Options, layout: Any, call: Call) -> Any:
     """Attends, inside `jax.shard_map` if there is a place."""
     length = options.place and options.place.length
     if length is not None and length.way == "ring":
-        layout = Ring(length.axes, length.parts)
+        layout = Ring(length.axes, length.parts)  # it moves no head twice
+    else:
+        call = call.repeated(layout.columns.index("heads"))
     if options.implementation == "reference":
         attend = functools.partial(_by_definition, options)
         with jax.named_scope("reference"):

@@ -1,5 +1,6 @@
 """What JAX's types and Flax's rules say of meshes, and placing arrays on one."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -127,15 +128,41 @@ def by_rules(name: str, size: Any, mesh: Any) -> tuple[Axes, str | None]:
     return axes, None
 
 
+def gathered(weight: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Gathers a parameter that Auto axes divide, but for axes with rules.
+
+    Of its gradient, each device gets only its own part of the sum: it is not
+    constrained, as JAX would, to be gathered too.
+    """
+    place = _by_all_rules(weight, names)
+    return weight if place is None else _gather(weight, place)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gather(x, place):
+    return _constrain(x, place)
+
+
+@_gather.defjvp
+def _gather_jvp(place, primals, tangents):
+    return _gather(*primals, place), *tangents
+
+
 def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
     """Divides an array over Auto axes by Flax's rules, if there are any.
 
     Args:
         names: Of its axes. None: not divided. `UNCONSTRAINED`: as XLA decides.
     """
+    place = _by_all_rules(x, names)
+    return x if place is None else _constrain(x, place)
+
+
+def _by_all_rules(x: jax.Array, names: Sequence[Any]) -> Any:
+    """Returns the place that rules give an array, or None if they say nothing."""
     mesh = mesh_of(x)
     if mesh is None or not ruled_axes(mesh) or is_mapped_over():
-        return x
+        return None
 
     def entry(name, size):
         if not isinstance(name, str):
@@ -148,7 +175,7 @@ def constrained(x: jax.Array, names: Sequence[Any]) -> jax.Array:
     place: Any = jax.P(*spec)
     if jax.sharding.get_abstract_mesh().empty:
         place = jax.sharding.NamedSharding(mesh, place)
-    return _constrain(x, place)
+    return place
 
 
 # Compiled, it takes what lies on no mesh yet, as eager calls may have.

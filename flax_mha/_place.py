@@ -130,6 +130,8 @@ class Place(NamedTuple):
         call: Call,
     ) -> _Results:
         """Returns `attend(options, layout, call)`, each device attending its part."""
+        heads = self._axes(attended=True)["heads"]
+        call = call.repeated(layout.columns.index("heads"), self.parts(heads))
         args = jax.tree.map(self._put, (layout, call), self._specs(layout, call))
         # What is quantized must not be kept for others.
         run = _attend_parts if is_quantized() else _compiled_parts

@@ -106,13 +106,14 @@ class Ring(Padded):
             found = pull_back(Padded().padded(part), *results, None)
             found = split_extra(found, columns, part.extra)
             found = jax.tree.map(lambda x: x.astype(call.scale.dtype), found)
+            d_keys = map(_of_groups, (found.key, found.value), moving)
             at_keys = 0, at.keys * columns, 0, 0
             column = self._place(owner, at.keys, call) * columns
             d_query, d_bias, d_scale, d_extra = staying
             if part.extra is not None:
                 d_extra = jax.tree.map(jnp.add, d_extra, found.extra)
             return (
-                tuple(map(add_at, moving, (found.key, found.value), [at_keys] * 2)),
+                tuple(map(add_at, moving, d_keys, [at_keys] * 2)),
                 (
                     add_at(d_query, found.query, (0, first, 0, 0)),
                     tuple(
@@ -198,7 +199,8 @@ class Ring(Padded):
             dropout = dataclasses.replace(dropout, part=part)
         key, value = (_part(x, at.keys * columns, columns, 1) for x in keys)
         query = _part(call.query, at.queries * rows, rows, 1)
-        return Call(query, key, value, mask, call.scale, dropout, extra)
+        part = Call(query, key, value, mask, call.scale, dropout, extra)
+        return part.repeated(axis=2)
 
     def _parts(self, call: Call) -> int:
         """Returns how many parts a device has of queries, and of keys."""
@@ -238,6 +240,12 @@ def _merged(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Any, 
     share = jax.nn.sigmoid(ratio).swapaxes(1, 2)
     out = out * (1 - share) + more * share
     return out, jnp.concatenate(terms, axis=-1)
+
+
+def _of_groups(d: Array, like: Array) -> Array:
+    """Returns the gradient of heads that were repeated for groups of queries."""
+    heads, times = like.shape[2], d.shape[2] // like.shape[2]
+    return d if times == 1 else d.reshape(*d.shape[:2], heads, times, -1).sum(3)
 
 
 def _part(x: Array, first: Array | int, size: int, axis: int) -> Array:

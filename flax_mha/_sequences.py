@@ -216,16 +216,20 @@ class PaddedHeads:
     layout: ClassVar = Padded()
 
     def heads(self) -> _Three:
-        """Returns queries, keys and values, (batch, length, heads, dim)."""
+        """Returns queries, keys and values, (batch, length, heads, dim).
+
+        Of grouped queries, keys and values have the heads that they came with.
+        """
         *outer, heads = self.leading or (1,)
         arrays = self.query, self.key, self.value
         dtype = jnp.result_type(*arrays)
 
         def four_axes(x):
-            if self.enable_gqa and x.shape[-3] < heads:
-                x = _repeated(x, heads // x.shape[-3], axis=x.ndim - 3)
-            x = jnp.broadcast_to(jnp.asarray(x, dtype), (*self.leading, *x.shape[-2:]))
-            x = x.reshape(math.prod(outer), heads, *x.shape[-2:])
+            own = x.shape[-3] if self.enable_gqa else heads
+            x = jnp.asarray(x, dtype)
+            if self.leading:
+                x = jnp.broadcast_to(x, (*outer, own, *x.shape[-2:]))
+            x = x.reshape(math.prod(outer), own, *x.shape[-2:])
             return x.swapaxes(1, 2)
 
         return each(four_axes, arrays)
@@ -254,18 +258,17 @@ class RaggedHeads:
         return Ragged.of(self.query, self.key)
 
     def heads(self) -> _Three:
-        """Returns queries, keys and values, (1, capacity, heads, dim)."""
+        """As that of `PaddedHeads`, (1, capacity, heads, dim)."""
         inputs = self.query, self.key, self.value
         dtype = jnp.result_type(*(x.values for x in inputs))
         read = reader(*inputs)
 
-        def all_heads(x):
+        def heads(x):
             x = jnp.asarray(read(x), dtype)
-            if self.enable_gqa:
-                x = _repeated(x, self.num_heads // x.shape[1], axis=1)
-            return jnp.broadcast_to(x, (x.shape[0], self.num_heads, x.shape[2]))[None]
+            own = x.shape[1] if self.enable_gqa else self.num_heads
+            return jnp.broadcast_to(x, (x.shape[0], own, x.shape[2]))[None]
 
-        return each(all_heads, inputs)
+        return each(heads, inputs)
 
     def mask(self, attn_mask: ArrayLike | None, is_causal: bool) -> Mask:
         return _mask(attn_mask, is_causal, (len(self.query),), self.key.max_len)
@@ -294,13 +297,6 @@ def reader(
     """
     is_right = query.fits & key.fits & key.has_offsets_of(like_key)
     return lambda x: nan_unless(is_right, x.only_tokens().values)
-
-
-def _repeated(x: Array, times: int, axis: int) -> Array:
-    """As `jnp.repeat`, which cannot where explicit mesh axes divide the axis."""
-    before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
-    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, size, times, *after))
-    return x.reshape(*before, size * times, *after)
 
 
 def _with_padding(x: Any) -> Any:

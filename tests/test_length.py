@@ -1,6 +1,7 @@
 """A length that a mesh divides: the numbers of one device, in each of three ways."""
 
 import functools
+import math
 import re
 
 import flax.linen as nn
@@ -182,6 +183,41 @@ def test_keys_alone_may_be_divided_and_groups_of_heads():
         "length over mesh axes ('length',): 2 heads of a device are not for 4 devices, "
         "and 3 queries are not for 4 devices",
     )
+
+
+# A device's 4 tokens: 8 heads of queries and of the result, 4 of keys and values.
+QUERIES, KEYS = 8 * 4 * (2 + 3), 4 * 4 * (2 + 3)
+MOVED = dict(
+    ulysses=2 * (QUERIES + KEYS),
+    all_gather=2 * QUERIES + (4 + 1) * KEYS,
+    # Halves change places. Keys turn before a loop, inside, and inside the backward
+    # pass's; gradients inside that, and twice behind it.
+    ring=2 * (QUERIES + KEYS) + (3 + 3) * KEYS,
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_of_keys_move_once_for_a_group_of_queries(way):
+    query, key = normal(1, 8, 16, 2), normal(1, 4, 16, 3, seed=1)
+
+    def step(query, key):
+        args = query, key[..., :2], key
+        out = scaled_dot_product_attention(*args, is_causal=True, enable_gqa=True)
+        return jnp.sum(jnp.sin(out))
+
+    step = jax.jit(jax.grad(step, (0, 1)))
+    want = step(query, key)
+    mesh, _ = on_mesh("explicit")
+    with jax.set_mesh(mesh), length_by(way):
+        by_length = NamedSharding(mesh, P(None, None, "length"))
+        args = jax.device_put((query, key), by_length)
+        program = step.lower(*args).compile()
+        assert_same(program(*args), want)
+    kinds = r"all-to-all|all-gather|reduce-scatter|collective-permute"
+    moves = re.findall(rf"= (.*) (?:{kinds})\(", program.as_text())
+    arrays = re.findall(r"f64\[([\d,]+)\]", " ".join(moves))
+    moved = sum(math.prod(map(int, dims.split(","))) for dims in arrays)
+    assert moved == MOVED[way]
 
 
 def test_tokens_of_ragged_arrays_are_divided_where_heads_can_be():
