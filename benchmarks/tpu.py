@@ -81,7 +81,6 @@ def _compiled(chip: str, function, args) -> dict:
     return {
         "cycles": found.cycles,
         "skippable": found.skippable,
-        "parts": found.parts,
         "temp_mib": round(found.temp_mib),
     }
 
@@ -92,7 +91,7 @@ def _executed(runs: Results, key: str) -> float | None:
     if "cycles" not in run:
         return None
     name = key.split("/")[1]
-    share = CASES[name].share(run["parts"]) if name in CASES else 1.0
+    share = CASES[name].share if name in CASES else 1.0
     return (run["cycles"] - (1 - share) * run["skippable"]) / 1000
 
 

@@ -14,6 +14,12 @@ _TILE = 512  # rows of a block, and columns of a chunk
 # Rows of a block in the forward pass that visits all keys; 512 takes up to an eighth
 # more cycles.
 _TALL = 1024
+# Keys that are skipped together. Compiled for v5e, 512 take a sixth more cycles, for
+# less is begun early.
+_SKIPPED = 1024
+# Logits of a group of chunks, where all are visited. Only tall blocks have several, and
+# take 2 to 3 % more cycles for it, but half as long to compile.
+_GROUP = 2**20
 _SHORT = 640  # tokens of sequences that are read as they lie, several heads a step
 _MOST_SHORT_MIB = 28  # of the vector memory for them, beside what is computed
 # Logits of these heads together, as each is compiled for itself: those of a block of
@@ -62,6 +68,12 @@ class Sizes:
     @property
     def blocks(self) -> int:
         return self.tgt // self.rows
+
+    @property
+    def group(self) -> int:
+        """How many chunks are compiled together, as what a loop does."""
+        size = _SKIPPED if self.skips else _GROUP // self.rows
+        return max(1, size // self.columns)
 
     @property
     def span(self) -> int:

@@ -62,12 +62,16 @@ CASES = {
         ),
         *(130, 300, 32, "float32", None),
     ),
+    "many-keys": (
+        Mask(attn_bias=(normal(1, 1, 70, 1400),)),
+        *(70, 1400, 32, "float32", 0.3),
+    ),
     "lowest": (Mask(attn_bias=(lowest(7, 300),)), 7, 300, 32, "float32", None),
     "all-dropped": (Mask(), 7, 300, 32, "float32", 1.0),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [x for x in CASES if x != "many-keys"])
 def test_output_and_gradients(name):
     assert_as_defined(*CASES[name])
 
@@ -85,6 +89,14 @@ def test_sequences_that_are_not_short_are_laid_head_by_head(monkeypatch, name):
 def test_keys_that_do_not_fit_are_taken_in_spans(monkeypatch, name):
     monkeypatch.setattr(_mosaic_sizes, "_SHORT", 0)
     monkeypatch.setattr(_mosaic_sizes, "_MOST_KEYS", 256)
+    assert_as_defined(*CASES[name])
+
+
+@pytest.mark.parametrize("name", ["many-keys", "causal", "padding"])
+def test_groups_of_chunks_are_what_a_loop_does(monkeypatch, name):
+    monkeypatch.setattr(_mosaic_sizes, "_SHORT", 0)
+    monkeypatch.setattr(_mosaic_sizes, "_GROUP", 2 * 256 * 128)
+    monkeypatch.setattr(_mosaic_sizes, "_SKIPPED", 256)
     assert_as_defined(*CASES[name])
 
 
