@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 # Read when JAX first asks for TPUs.
+_PASS = "packed-bundles-post-ra"  # what is written of the compiler's many
 _DUMP = Path(tempfile.mkdtemp(prefix="schedules-"))
 atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={_DUMP}",
+    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_hlo_text=false"
+    f" --xla_jf_dump_llo_html=false --xla_jf_dump_llo_pass_label_regex={_PASS}",
 }
 
 import jax  # noqa: E402
@@ -36,8 +38,8 @@ TOPOLOGIES = {
     "v5p": "v5p:2x2x1",
     "tpu7x": "tpu7x:2x2x1",
 }
-_FILES = "*-packed-bundles-post-ra.txt"
-_NAME = re.compile(r"^\d+-(.*)-\d+-packed-bundles.*")
+_FILES = f"*-{_PASS}.txt"
+_NAME = re.compile(rf"^\d+-(.*)-\d+-{_PASS}.*")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
 _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")

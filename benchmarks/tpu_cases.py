@@ -141,7 +141,7 @@ class _Block(nn.Module):
     implementation: str | None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, _):
         y = nn.LayerNorm(dtype=jnp.bfloat16)(x)
         attn = MultiheadAttention(
             *(768, 12),
@@ -153,18 +153,23 @@ class _Block(nn.Module):
         y, _ = attn(y, y, y, need_weights=False, deterministic=False)
         y = nn.LayerNorm(dtype=jnp.bfloat16)(x := x + y)
         y = nn.gelu(nn.Dense(3072, dtype=jnp.bfloat16)(y))
-        return x + nn.Dense(768, dtype=jnp.bfloat16)(y)
+        return x + nn.Dense(768, dtype=jnp.bfloat16)(y), None
 
 
 class _ViT(nn.Module):
-    """The encoder of ViT-B: 12 layers."""
+    """The encoder of ViT-B: 12 layers, compiled once."""
 
     implementation: str | None
 
     @nn.compact
     def __call__(self, x):
-        for _ in range(12):
-            x = _Block(self.implementation)(x)
+        layers = nn.scan(
+            _Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=12,
+        )
+        x, _ = layers(self.implementation)(x, None)
         return nn.LayerNorm(dtype=jnp.bfloat16)(x)
 
 
