@@ -166,7 +166,7 @@ class Tile:
         return min(whole, sizes.chunks)
 
     def dropped(self, n: Any, *probs: Array) -> Any:
-        """Returns them with zeros; they are not scaled up."""
+        """Returns them with zeros, for NaN too; they are not scaled up."""
         setting = self.setting
         if setting.rate is None:
             return probs[0] if len(probs) == 1 else probs
