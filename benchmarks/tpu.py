@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import schedules
-from benchmarks.tpu_cases import CASES, attention, step, vit_step
+from benchmarks.tpu_cases import ALL, CASES, attention, step, vit_step
 
 VIT = "ViT-B step"
 VIT_KERNELS = {"mosaic": "mosaic", "blockwise": "blockwise"}
@@ -107,7 +107,7 @@ def _report(results: dict) -> Iterator[str]:
     columns = "cycles | / without | / splash | / splash, no mask | / blockwise | MiB"
     yield f"| chip | case | pass | kernel | {columns} |"
     yield "|---|---|---|---|" + "---:|" * 6
-    for key in runs:
+    for key in sorted(runs, key=_place):
         chip, name, kernel, part = key.split("/")
         got = _executed(runs, key)
         if got is None:
@@ -125,6 +125,11 @@ def _report(results: dict) -> Iterator[str]:
         ratios = [_ratio(got, _executed(runs, x)) if x != key else "" for x in others]
         cells = [chip, name, part, kernel, f"{got:.0f}", *ratios]
         yield f"| {' | '.join(cells)} | {runs[key]['temp_mib']} |"
+
+
+def _place(key: str) -> tuple[int, ...]:
+    orders = schedules.TOPOLOGIES, (*CASES, VIT), ALL
+    return tuple(list(x).index(y) for x, y in zip(orders, key.split("/"), strict=False))
 
 
 def _ratio(ours: float, other: float | None) -> str:

@@ -75,6 +75,10 @@ class Tile:
     bias: list[Any]
     masks: list[Any]
 
+    def __post_init__(self) -> None:
+        # Of all chunks, and so before any loop over them.
+        self._dropout = None if self.setting.rate is None else self._rows_of_dropout()
+
     def at(self, n: Any) -> Any:
         columns = self.setting.sizes.columns
         first = n * columns
@@ -167,9 +171,17 @@ class Tile:
 
     def dropped(self, n: Any, *probs: Array) -> Any:
         """Returns them with zeros, for NaN too; they are not scaled up."""
-        setting = self.setting
-        if setting.rate is None:
+        if self._dropout is None:
             return probs[0] if len(probs) == 1 else probs
+        dropout, rows = self._dropout
+        words = self.words[0][0, 0, self.at(n)].astype(jnp.uint32)
+        repeats = self.setting.sizes.rows // words.shape[1]
+        keep = dropout.keep(rows, jnp.concatenate([words] * repeats, 1))
+        dropped = tuple(jnp.where(keep, x, 0) for x in probs)
+        return dropped[0] if len(dropped) == 1 else dropped
+
+    def _rows_of_dropout(self) -> tuple[Dropout, Any]:
+        setting = self.setting
         b, h, i = self.place
         seeds: Any = [self.numbers[n].astype(jnp.uint32) for n in range(2)]
         part = Part(
@@ -180,11 +192,7 @@ class Tile:
         dropout = Dropout(seeds, setting.rate, part)
         tgt_len = setting.logits[2]
         rows = dropout.rows(b, h, self._row(i), num_heads=None, tgt_len=tgt_len)
-        words = self.words[0][0, 0, self.at(n)].astype(jnp.uint32)
-        words = jnp.concatenate([words] * (setting.sizes.rows // words.shape[1]), 1)
-        keep = dropout.keep(rows, words)
-        dropped = tuple(jnp.where(keep, x, 0) for x in probs)
-        return dropped[0] if len(dropped) == 1 else dropped
+        return dropout, rows
 
     def _row(self, i: Any) -> Array:
         shape = 1, self.setting.sizes.rows

@@ -34,7 +34,7 @@ CASES = {
     "one-query": (Mask(), 1, 7, 32, "float32", None),
     "several-blocks": (Mask(), 600, 130, 256, "float32", None),
     "bfloat16": (Mask(), 130, 600, 80, "bfloat16", None),
-    "tall-blocks": (Mask(), 1100, 600, 64, "bfloat16", 0.1),
+    "tall-blocks": (Mask(), 1100, 600, 64, "bfloat16", None),
     "causal": (Mask(is_causal=True), 300, 600, 32, "float32", None),
     "causal-open": (Mask(is_causal=True, open_columns=3), 300, 300, 32, "float32", 0.3),
     "padding": (Mask(blocked=(padding(700, 100, 700),)), 130, 700, 32, "float32", None),
