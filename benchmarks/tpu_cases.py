@@ -53,6 +53,7 @@ OURS = ("mosaic", "blockwise")
 CASES = {
     "none": Case(ALL),
     "none 128": Case(ALL[:2], head_dim=128),
+    "none 256": Case(ALL[:2], head_dim=256),
     "dropout": Case(OURS, rate=0.1, whole="none"),
     "float mask": Case(OURS, mask="float", whole="none"),
     "float mask, its gradient": Case(OURS, mask="float", grad_mask=True, whole="none"),

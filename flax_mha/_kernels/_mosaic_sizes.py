@@ -11,8 +11,8 @@ _MOST_KEYS = 4096
 _MASK_KEYS = 2048  # of these in a block of a mask's gradient
 _MOST_MIB = 36  # of the vector memory, beside what is computed
 _TILE = 512  # rows of a block, and columns of a chunk
-# Rows of a block in the forward pass without dropout and masks, but a causal one; 512
-# take up to an eighth more cycles there, and fewer with dropout on v6e.
+# Rows of a block in the forward pass, if there is no dropout and no mask but of keys,
+# or causal: 512 take up to an eighth more cycles there.
 _TALL = 1024
 # Keys that are skipped together. Compiled for v5e, 512 take a sixth more cycles, for
 # less is begun early.
@@ -47,8 +47,8 @@ class Sizes:
             return cls(tgt, tgt, padded(16, src_len), 1, 1, False, heads)
         mask = call.mask
         masks = *mask.allowed, *mask.blocked, *mask.attn_bias
-        is_tall = is_forward and _tile(call) == _TILE
-        is_tall &= not masks and call.dropout is None
+        is_tall = is_forward and _tile(call) == _TILE and call.dropout is None
+        is_tall &= all(x.shape[2] == 1 for x in masks)
         rows = part(tgt_len, _TALL if is_tall else _tile(call))
         columns = part(src_len, _tile(call))
         chunks = -(-src_len // columns)
