@@ -118,8 +118,7 @@ def _heads_of_step(call: Call) -> int:
 
 
 def _tile(call: Call) -> int:
-    is_small = call.query.dtype == jnp.bfloat16 and call.query.shape[3] <= 128
-    return _TILE if is_small else 256
+    return _TILE if call.query.dtype == jnp.bfloat16 else 256
 
 
 def _most_keys(call: Call) -> int:
