@@ -77,7 +77,8 @@ class Tile:
 
     def __post_init__(self) -> None:
         # Of all chunks, and so before any loop over them.
-        self._dropout = None if self.setting.rate is None else self._rows_of_dropout()
+        rate = self.setting.rate
+        self._dropout = None if rate is None else self._rows_of_dropout(rate)
 
     def at(self, n: Any) -> Any:
         columns = self.setting.sizes.columns
@@ -180,7 +181,7 @@ class Tile:
         dropped = tuple(jnp.where(keep, x, 0) for x in probs)
         return dropped[0] if len(dropped) == 1 else dropped
 
-    def _rows_of_dropout(self) -> tuple[Dropout, Any]:
+    def _rows_of_dropout(self, rate: float) -> tuple[Dropout, Any]:
         setting = self.setting
         b, h, i = self.place
         seeds: Any = [self.numbers[n].astype(jnp.uint32) for n in range(2)]
@@ -189,7 +190,7 @@ class Tile:
             rows=self._runs() if setting.drop_rows else None,
             tgt_len=self.numbers[8],
         )
-        dropout = Dropout(seeds, setting.rate, part)
+        dropout = Dropout(seeds, rate, part)
         tgt_len = setting.logits[2]
         rows = dropout.rows(b, h, self._row(i), num_heads=None, tgt_len=tgt_len)
         return dropout, rows
