@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 # Read when JAX first asks for TPUs.
+_PASS = "packed-bundles-post-ra"  # what is written of the compiler's many
 _DUMP = Path(tempfile.mkdtemp(prefix="schedules-"))
 atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={_DUMP}",
+    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_hlo_text=false"
+    f" --xla_jf_dump_llo_html=false --xla_jf_dump_llo_pass_label_regex={_PASS}",
 }
 
 import jax  # noqa: E402
@@ -36,8 +38,8 @@ TOPOLOGIES = {
     "v5p": "v5p:2x2x1",
     "tpu7x": "tpu7x:2x2x1",
 }
-_FILES = "*-packed-bundles-post-ra.txt"
-_NAME = re.compile(r"^\d+-(.*)-\d+-packed-bundles.*")
+_FILES = f"*-{_PASS}.txt"
+_NAME = re.compile(rf"^\d+-(.*)-\d+-{_PASS}.*")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
 _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
@@ -55,12 +57,7 @@ class Schedule:
 
     cycles: int = 0
     skippable: int = 0  # of these, in parts that the kernels can jump over
-    parts: int = 0  # the most of these in one kernel
     temp_mib: float = 0.0
-
-    def executed(self, share: float) -> float:
-        """Returns the cycles, if this share of the parts is executed."""
-        return self.cycles - (1 - share) * self.skippable
 
 
 def compiled(chip: str, function: Callable, *args: Any) -> Schedule:
@@ -83,11 +80,10 @@ def compiled(chip: str, function: Callable, *args: Any) -> Schedule:
     times = loops(program.as_text())
     for path in paths:
         with path.open(errors="replace") as lines:
-            cycles, skippable, parts = read(lines)
+            cycles, skippable = read(lines)
         name = _NAME.sub(r"\1", path.name)
         found.cycles += cycles * times.get(name, 1)
         found.skippable += skippable * times.get(name, 1)
-        found.parts = max(found.parts, parts)
     return found
 
 
@@ -122,8 +118,8 @@ def loops(program: str) -> dict[str, int]:
     return {name: times(computation) for name, computation in lies_in.items()}
 
 
-def read(lines: Any) -> tuple[int, int, int]:
-    """Returns the cycles of a kernel, those that can be jumped over, in how many parts.
+def read(lines: Any) -> tuple[int, int]:
+    """Returns the cycles of a kernel, and those that can be jumped over.
 
     A part is the innermost that a jump leaves out, inside of a step that another does.
     A loop whose trip count is not known counts once.
@@ -146,7 +142,7 @@ def read(lines: Any) -> tuple[int, int, int]:
     ahead = [(at + _DELAY, to) for at, to, _ in jumps if to - at > _SMALL]
     parts = [x for x in ahead if any(_holds(y, x) for y in ahead)]
     parts = [x for x in parts if not any(_holds(x, y) for y in ahead)]
-    return sum(times), sum(sum(times[slice(*part)]) for part in parts), len(parts)
+    return sum(times), sum(sum(times[slice(*part)]) for part in parts)
 
 
 def _holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

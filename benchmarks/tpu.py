@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import schedules
-from benchmarks.tpu_cases import CASES, attention, step, vit_step
+from benchmarks.tpu_cases import ALL, CASES, attention, step, vit_step
 
 VIT = "ViT-B step"
 VIT_KERNELS = {"mosaic": "mosaic", "blockwise": "blockwise"}
@@ -81,7 +81,6 @@ def _compiled(chip: str, function, args) -> dict:
     return {
         "cycles": found.cycles,
         "skippable": found.skippable,
-        "parts": found.parts,
         "temp_mib": round(found.temp_mib),
     }
 
@@ -92,7 +91,7 @@ def _executed(runs: Results, key: str) -> float | None:
     if "cycles" not in run:
         return None
     name = key.split("/")[1]
-    share = CASES[name].share(run["parts"]) if name in CASES else 1.0
+    share = CASES[name].share if name in CASES else 1.0
     return (run["cycles"] - (1 - share) * run["skippable"]) / 1000
 
 
@@ -108,7 +107,7 @@ def _report(results: dict) -> Iterator[str]:
     columns = "cycles | / without | / splash | / splash, no mask | / blockwise | MiB"
     yield f"| chip | case | pass | kernel | {columns} |"
     yield "|---|---|---|---|" + "---:|" * 6
-    for key in runs:
+    for key in sorted(runs, key=_place):
         chip, name, kernel, part = key.split("/")
         got = _executed(runs, key)
         if got is None:
@@ -126,6 +125,11 @@ def _report(results: dict) -> Iterator[str]:
         ratios = [_ratio(got, _executed(runs, x)) if x != key else "" for x in others]
         cells = [chip, name, part, kernel, f"{got:.0f}", *ratios]
         yield f"| {' | '.join(cells)} | {runs[key]['temp_mib']} |"
+
+
+def _place(key: str) -> tuple[int, ...]:
+    orders = schedules.TOPOLOGIES, (*CASES, VIT), ALL
+    return tuple(list(x).index(y) for x, y in zip(orders, key.split("/"), strict=False))
 
 
 def _ratio(ours: float, other: float | None) -> str:

@@ -11,9 +11,15 @@ _MOST_KEYS = 4096
 _MASK_KEYS = 2048  # of these in a block of a mask's gradient
 _MOST_MIB = 36  # of the vector memory, beside what is computed
 _TILE = 512  # rows of a block, and columns of a chunk
-# Rows of a block in the forward pass that visits all keys; 512 takes up to an eighth
-# more cycles.
+# Rows of a block in the forward pass, if there is no dropout and no mask but of keys,
+# or causal: 512 take up to an eighth more cycles there.
 _TALL = 1024
+# Keys that are skipped together. Compiled for v5e, 512 take a sixth more cycles, for
+# less is begun early.
+_SKIPPED = 1024
+# Logits of a group of chunks, where all are visited. Only tall blocks have several, and
+# take 2 to 3 % more cycles for it, but half as long to compile.
+_GROUP = 2**20
 _SHORT = 640  # tokens of sequences that are read as they lie, several heads a step
 _MOST_SHORT_MIB = 28  # of the vector memory for them, beside what is computed
 # Logits of these heads together, as each is compiled for itself: those of a block of
@@ -41,7 +47,8 @@ class Sizes:
             return cls(tgt, tgt, padded(16, src_len), 1, 1, False, heads)
         mask = call.mask
         masks = *mask.allowed, *mask.blocked, *mask.attn_bias
-        is_tall = is_forward and _tile(call) == _TILE and not (mask.is_causal or masks)
+        is_tall = is_forward and _tile(call) == _TILE and call.dropout is None
+        is_tall &= all(x.shape[2] == 1 for x in masks)
         rows = part(tgt_len, _TALL if is_tall else _tile(call))
         columns = part(src_len, _tile(call))
         chunks = -(-src_len // columns)
@@ -62,6 +69,12 @@ class Sizes:
     @property
     def blocks(self) -> int:
         return self.tgt // self.rows
+
+    @property
+    def group(self) -> int:
+        """How many chunks are compiled together, as what a loop does."""
+        size = _SKIPPED if self.skips else _GROUP // self.rows
+        return max(1, size // self.columns)
 
     @property
     def span(self) -> int:
@@ -105,8 +118,7 @@ def _heads_of_step(call: Call) -> int:
 
 
 def _tile(call: Call) -> int:
-    is_small = call.query.dtype == jnp.bfloat16 and call.query.shape[3] <= 128
-    return _TILE if is_small else 256
+    return _TILE if call.query.dtype == jnp.bfloat16 else 256
 
 
 def _most_keys(call: Call) -> int:

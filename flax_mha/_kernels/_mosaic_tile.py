@@ -2,18 +2,20 @@
 
 Logits are held transposed, (keys, queries): the maximum and the sum of a row are then
 over sublanes, and products stream head_dim rows past the probabilities. The keys of a
-span lie in the vector memory, and are visited in chunks. Where none of
-them is skipped, the logits of the next one are begun before the softmax of this one.
+span lie in the vector memory, and are visited in chunks, in a loop over groups of them.
+The logits of the next chunk are begun before the softmax of this one: of the next group
+too, but where groups are skipped.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from flax_mha._dropout import Dropout, Part
 from flax_mha._kernels._mosaic_sizes import Sizes
@@ -24,10 +26,6 @@ NN = (((1,), (0,)), ((), ()))  # (m, k) by (k, n)
 NT = (((1,), (1,)), ((), ()))  # (m, k) by (n, k)
 
 SPAN = 9  # where `Shared.numbers` has it
-
-# Keys that are skipped together. Compiled for v5e, 512 take a sixth more cycles, for
-# less is begun early.
-_GROUP = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +75,17 @@ class Tile:
     bias: list[Any]
     masks: list[Any]
 
-    def at(self, n: int) -> Any:
-        return pl.ds(n * self.setting.sizes.columns, self.setting.sizes.columns)
+    def __post_init__(self) -> None:
+        # Of all chunks, and so before any loop over them.
+        rate = self.setting.rate
+        self._dropout = None if rate is None else self._rows_of_dropout(rate)
+
+    def at(self, n: Any) -> Any:
+        columns = self.setting.sizes.columns
+        first = n * columns
+        if not isinstance(n, int):
+            first = pl.multiple_of(first, columns)
+        return pl.ds(first, columns)
 
     def dot(self, a: Array, b: Array, dimensions: Any) -> Array:
         return lax.dot_general(
@@ -93,34 +100,89 @@ class Tile:
         self, step: Callable, carry: Any, logits: Array | None = None
     ) -> Any:
         """Returns `carry` after `step(n, logits, carry)` for each chunk of keys."""
-        chunks = self.setting.sizes.chunks
-        if not self.setting.sizes.skips:
-            return self._over(range(chunks), step, carry, logits)
-        size = max(1, _GROUP // self.setting.sizes.columns)
-        for n in range(0, chunks, size):
-            group = range(n, min(n + size, chunks))
-            carry = lax.cond(
-                functools.reduce(jnp.logical_or, map(self._is_seen, group)),
-                lambda carry, group=group: self._over(group, step, carry),
+        sizes = self.setting.sizes
+        if sizes.skips:
+            return self._over_seen(step, carry)
+        # A loop knows of no padding, nor do the logits that it begins for what follows.
+        passes = (self._whole_chunks - 1) // sizes.group
+        if passes > 1:
+            return self._over_groups(passes, step, carry)
+        return self._over(range(sizes.chunks), step, carry, logits)
+
+    def _over_seen(self, step: Callable, carry: Any) -> Any:
+        """Leaves out groups that no query sees."""
+        group, chunks = self.setting.sizes.group, self.setting.sizes.chunks
+        passes = self._whole_chunks // group
+
+        def visit(first, count, carry):
+            numbers = [first + j for j in range(count)]
+            return lax.cond(
+                functools.reduce(jnp.logical_or, map(self._is_seen, numbers)),
+                lambda carry: self._over(numbers, step, carry),
                 lambda carry: carry,
                 carry,
             )
+
+        carry = lax.fori_loop(
+            0, passes, lambda i, carry: visit(i * group, group, carry), carry
+        )
+        for first in range(passes * group, chunks, group):
+            carry = visit(first, min(group, chunks - first), carry)
         return carry
 
+    def _over_groups(self, passes: int, step: Callable, carry: Any) -> Any:
+        group, columns = self.setting.sizes.group, self.setting.sizes.columns
+
+        def run(begun):
+            def visit(i, carry):
+                for j in range(group):
+                    n = i * group + j
+                    begun[(j + 1) % group] = self.logits(n + 1)
+                    carry = step(n, begun[j], carry)
+                return carry
+
+            begun[0] = self.logits(0)
+            after = lax.fori_loop(0, passes, visit, carry)
+            rest = range(passes * group, self.setting.sizes.chunks)
+            return self._over(rest, step, after, begun[0])
+
+        shape = group, columns, self.setting.sizes.rows
+        return pl.run_scoped(run, pltpu.VMEM(shape, jnp.float32))
+
     def _over(
-        self, chunks: range, step: Callable, carry: Any, logits: Array | None = None
+        self,
+        chunks: Sequence[Any],
+        step: Callable,
+        carry: Any,
+        logits: Array | None = None,
     ) -> Any:
         logits = self.logits(chunks[0]) if logits is None else logits
-        for n in chunks:
-            following = self.logits(n + 1) if n + 1 in chunks else None
+        for n, after in zip(chunks, [*chunks[1:], None], strict=True):
+            following = None if after is None else self.logits(after)
             carry, logits = step(n, logits, carry), following
         return carry
 
-    def dropped(self, n: int, *probs: Array) -> Any:
-        """Returns them with zeros; they are not scaled up."""
-        setting = self.setting
-        if setting.rate is None:
+    @property
+    def _whole_chunks(self) -> int:
+        """How many chunks of each span are before any padding."""
+        sizes = self.setting.sizes
+        before = (sizes.spans - 1) * sizes.span
+        whole = max(0, self.setting.logits[3] - before) // sizes.columns
+        return min(whole, sizes.chunks)
+
+    def dropped(self, n: Any, *probs: Array) -> Any:
+        """Returns them with zeros, for NaN too; they are not scaled up."""
+        if self._dropout is None:
             return probs[0] if len(probs) == 1 else probs
+        dropout, rows = self._dropout
+        words = self.words[0][0, 0, self.at(n)].astype(jnp.uint32)
+        repeats = self.setting.sizes.rows // words.shape[1]
+        keep = dropout.keep(rows, jnp.concatenate([words] * repeats, 1))
+        dropped = tuple(jnp.where(keep, x, 0) for x in probs)
+        return dropped[0] if len(dropped) == 1 else dropped
+
+    def _rows_of_dropout(self, rate: float) -> tuple[Dropout, Any]:
+        setting = self.setting
         b, h, i = self.place
         seeds: Any = [self.numbers[n].astype(jnp.uint32) for n in range(2)]
         part = Part(
@@ -128,14 +190,10 @@ class Tile:
             rows=self._runs() if setting.drop_rows else None,
             tgt_len=self.numbers[8],
         )
-        dropout = Dropout(seeds, setting.rate, part)
+        dropout = Dropout(seeds, rate, part)
         tgt_len = setting.logits[2]
         rows = dropout.rows(b, h, self._row(i), num_heads=None, tgt_len=tgt_len)
-        words = self.words[0][0, 0, self.at(n)].astype(jnp.uint32)
-        words = jnp.concatenate([words] * (setting.sizes.rows // words.shape[1]), 1)
-        keep = dropout.keep(rows, words)
-        dropped = tuple(jnp.where(keep, x, 0) for x in probs)
-        return dropped[0] if len(dropped) == 1 else dropped
+        return dropout, rows
 
     def _row(self, i: Any) -> Array:
         shape = 1, self.setting.sizes.rows
@@ -148,16 +206,16 @@ class Tile:
     def _runs(self) -> Runs:
         return Runs(*(self.numbers[n] for n in range(5, 8)))
 
-    def _column(self, n: int) -> Array:
+    def _column(self, n: Any) -> Array:
         shape = self.setting.sizes.columns, self.setting.sizes.rows
         return lax.broadcasted_iota(jnp.int32, shape, 0) + self._first_column(n)
 
-    def _first_column(self, n: int) -> Any:
+    def _first_column(self, n: Any) -> Any:
         """Returns the number of a chunk's first column among all keys."""
         sizes = self.setting.sizes
         return n * sizes.columns + self.span * sizes.span
 
-    def _is_seen(self, n: int) -> Any:
+    def _is_seen(self, n: Any) -> Any:
         """Whether any query of this block may attend to a key of the chunk."""
         setting, first = self.setting, self._first_column(n)
         b, _, i = self.place
@@ -169,7 +227,7 @@ class Tile:
             seen &= is_open | (first <= self._masked_row(last))
         return seen
 
-    def logits(self, n: int) -> Array:
+    def logits(self, n: Any) -> Array:
         setting, at = self.setting, self.at(n)
         logits = self.dot(self.key[0, 0, at], self.query[0, 0], NN)
         for bias in self.bias:
@@ -188,10 +246,7 @@ class Tile:
             if setting.covered < setting.logits[3]:
                 allowed |= column >= setting.covered
             logits = jnp.where(allowed, logits, -jnp.inf)
-        before = (setting.sizes.spans - 1) * setting.sizes.span
-        if (
-            before + (n + 1) * setting.sizes.columns > setting.logits[3]
-        ):  # in the last span
+        if isinstance(n, int) and n >= self._whole_chunks:
             exists = self._column(n) < setting.logits[3]
             logits = jnp.where(exists, logits, -jnp.inf)
         return logits

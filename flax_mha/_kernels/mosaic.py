@@ -102,8 +102,8 @@ def backward(
 
 def _copied(call: Call) -> int:
     """Returns the bytes of masks that are not read as they lie."""
-    mask, whole = call.mask, call.logits[2] % 128 == 0 == call.logits[3] % 128
-    is_whole = whole and not mask.open_columns
+    mask, sizes = call.mask, Sizes.of(call, is_forward=True)
+    is_whole = (sizes.tgt, sizes.src) == call.logits[2:] and not mask.open_columns
     sizes = [math.prod(x.shape) for x in (*mask.allowed, *mask.blocked)]
     for x in mask.attn_bias:
         if not is_whole or x.dtype not in (jnp.float32, jnp.bfloat16):

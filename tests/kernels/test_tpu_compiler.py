@@ -142,7 +142,7 @@ def test_masks_and_dropout_take_an_eighth_of_the_logits(call, build, count):
         ("v5e:2x2", 4096, 128, "bfloat16", True),
         # The smallest memory.
         ("tpu7x:2x2x1", 2048, 256, "float32", True),
-        ("tpu7x:2x2x1", 4096, 128, "bfloat16", True),
+        ("tpu7x:2x2x1", 4096, 256, "bfloat16", True),
         ("tpu7x:2x2x1", 8192, 128, "bfloat16", False),
     ],
 )
