@@ -31,7 +31,8 @@ def sizes(
 
 def integers(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not arguments.is_index(size):
+        # True is 1, as in PyTorch.
+        if not isinstance(size, bool) and not arguments.is_index(size):
             raise TypeError(f"{name} must be an integer, got {size!r}.")
 
 

@@ -179,11 +179,6 @@ WRONG = [
         ],
     ),
     (
-        TypeError,
-        "num_heads must be an integer, got {}.",
-        [(lambda: linen(num_heads=True), True)],
-    ),
-    (
         ValueError,
         "max_length must not be negative, got {}.",
         [(lambda: nnx_module().init_cache(2, -3), -3)],
