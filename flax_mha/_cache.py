@@ -100,17 +100,22 @@ class KeyValueCache:
             key, value: (batch, new, heads, dim).
             lengths: (batch,) how many of each are tokens; None: all. Behind them there
                 has to be room, too.
+
+        Raises:
+            ValueError: Shapes are not those of the cache, or it has no such room.
+            TypeError: An argument is not an array, or not of a dtype it can have.
         """
+        checks.appended(self, key, value, lengths)
         new = key.shape[1]
         self = self._divided_as(key)
         # What lacks room is written somewhere else, into a sequence that is lost.
         is_lost = (self.position < 0) | (self.position + new > self.length)
-        position = self.position + (new if lengths is None else lengths)
+        more = new if lengths is None else jnp.asarray(lengths, jnp.int32)
         return dataclasses.replace(
             self,
             keys=_write(self.keys, self._bits(key), self.position),
             values=_write(self.values, self._bits(value), self.position),
-            position=jnp.where(is_lost, self.length + 1, position),
+            position=jnp.where(is_lost, self.length + 1, self.position + more),
         )
 
     def _divided_as(self, key: KeyHeads) -> "KeyValueCache":

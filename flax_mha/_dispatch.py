@@ -86,6 +86,7 @@ def _run(options: Options, layout: Any, call: Call) -> Any:
         call = call.repeated(layout.columns.index("heads"))
     if options.implementation == "reference":
         attend = functools.partial(_by_definition, options)
+        call = call if options.weights is None else layout.alive(call)
         with jax.named_scope("reference"):
             out, _, weights = layout.forward(attend, call)
         return checkpoint_name(out, "context"), weights

@@ -40,6 +40,9 @@ class HeadsFirst:
     def padded(self, call: Call) -> Call:
         return self._laid_out(call)
 
+    def alive(self, call: Call) -> Call:
+        return call
+
     def unwise(self, call: Call) -> str | None:
         if not _is_few(call):
             return None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
 
+from flax_mha._checks import arguments
 from flax_mha._params import Kind, ParamSpec
 
 
@@ -48,12 +49,16 @@ def _drawn_by(init: Initializer, spec: ParamSpec) -> Initializer:
 
     That is (in_features, out_features), so that `init` finds the right fans.
     """
-    if not spec.kind.endswith("kernel"):
-        return init
+    is_matrix = spec.kind.endswith("kernel")
 
     def drawn(rng, shape, dtype=jnp.float32, out_sharding=None):
-        matrix = init(rng, spec.torch_shape[::-1], dtype)
-        return _in_box(lambda x: x.T.reshape(shape), matrix)
+        wanted = spec.torch_shape[::-1] if is_matrix else shape
+
+        def laid(x):
+            arguments.initialized(f"{spec.kind}_init", x, wanted)
+            return x.T.reshape(shape) if is_matrix else x
+
+        return _in_box(laid, init(rng, wanted, dtype))
 
     return drawn
 

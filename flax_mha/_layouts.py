@@ -57,6 +57,14 @@ class Padded:
         )
         return call._replace(key=key, value=value, extra=None)
 
+    def alive(self, call: Call) -> Call:
+        """Returns the call with something to attend to for queries of padding.
+
+        Their weights are left out; but NaN, for nothing, would be in all gradients of
+        the definition.
+        """
+        return call
+
     def unwise(self, call: Call) -> str | None:
         """Returns why no kernel should run on padded arrays, unless it is named."""
         return None
@@ -129,6 +137,19 @@ class Ragged(Places):
             mask=mask,
         )
         return Padded().padded(padded)
+
+    def alive(self, call: Call) -> Call:
+        """As that of `Padded`; all masks come to hold each query."""
+        queries, mask = self._queries(call.query), call.mask
+        is_query = _positions(queries) < queries.lengths[:, None]
+        is_query = is_query[:, None, :, None]
+
+        def opened(x):
+            return jnp.where(is_query, x, jnp.zeros((), x.dtype))
+
+        blocked, bias = (tuple(map(opened, x)) for x in (mask.blocked, mask.attn_bias))
+        mask = dataclasses.replace(mask, blocked=blocked, attn_bias=bias)
+        return call._replace(mask=mask)
 
     def unwise(self, call: Call) -> str | None:
         """As that of `Padded`, from shapes alone."""

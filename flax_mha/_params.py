@@ -155,12 +155,19 @@ def map_with_specs(
 
     Attention layers are known by the names and ranks of their parameters; they may be
     stacked, with their axes in front. The sizes in the rows do not matter.
+
+    Raises:
+        TypeError: A leaf has no shape.
     """
     import jax
 
     def each(path, leaf):
-        rank = len(getattr(leaf, "shape", ()))
-        return function(leaf, _spec(_name(path), rank))
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                "a tree of parameters must have arrays for leaves, got "
+                f"{type(leaf)} at {jax.tree_util.keystr(path)}."
+            )
+        return function(leaf, _spec(_name(path), len(leaf.shape)))
 
     return jax.tree.map_with_path(each, tree, is_leaf=is_leaf)
 

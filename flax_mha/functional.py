@@ -95,6 +95,7 @@ def multi_head_attention_forward(
         use_separate_proj_weight=use_separate_proj_weight,
     )
     arguments.probability("dropout_p", dropout_p)
+    arguments.precision(precision)
     if use_separate_proj_weight:
         weights = {
             "q_proj_weight": q_proj_weight,
@@ -181,6 +182,7 @@ def scaled_dot_product_attention(
     """
     arguments.python_bools(is_causal=is_causal, enable_gqa=enable_gqa)
     arguments.probability("dropout_p", dropout_p)
+    arguments.precision(precision)
     if scale is not None:
         arguments.scalar("scale", scale)
     sequences = _sequences.of_function(

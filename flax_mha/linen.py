@@ -103,6 +103,13 @@ class MultiheadAttention(nn.Module):
     def __post_init__(self):
         checks.constructor(self, self.device)
         arguments.python_bools(logical_axes=self.logical_axes)
+        checks.initializers(
+            kernel_init=self.kernel_init,
+            out_kernel_init=self.out_kernel_init,
+            bias_init=self.bias_init,
+            out_bias_init=self.out_bias_init,
+            bias_kv_init=self.bias_kv_init,
+        )
         super().__post_init__()
 
     @property
@@ -211,6 +218,7 @@ class MultiheadAttention(nn.Module):
             out_proj=out_proj,
         )
         if key is not None and cached:
+            cache_checks.can_be_changed(self.is_mutable_collection("cache"))
             self.put_variable("cache", "kv", *cached)
         if sow_weights:
             self.sow("intermediates", "attention_weights", weights)

@@ -122,19 +122,27 @@ class MultiheadAttention(nnx.Module):
                 "rngs must be an nnx.Rngs, such as nnx.Rngs(0), "
                 f"got {arguments.describe(rngs)}."
             )
-
-        inits = by_kind(
-            kernel_init, out_kernel_init, bias_init, out_bias_init, bias_kv_init
+        keeps_rngs = keep_rngs and dropout > 0
+        checks.streams(rngs, "params", *["dropout"] * keeps_rngs)
+        inits = dict(
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            bias_init=bias_init,
+            out_bias_init=out_bias_init,
+            bias_kv_init=bias_kv_init,
         )
-        metadata = by_kind(
-            kernel_metadata,
-            out_kernel_metadata,
-            bias_metadata,
-            out_bias_metadata,
-            bias_kv_metadata,
+        metadata = dict(
+            kernel_metadata=kernel_metadata,
+            out_kernel_metadata=out_kernel_metadata,
+            bias_metadata=bias_metadata,
+            out_bias_metadata=out_bias_metadata,
+            bias_kv_metadata=bias_kv_metadata,
         )
+        checks.initializers(**inits)
+        checks.metadata(**metadata)
+        inits, metadata = (by_kind(*x.values()) for x in (inits, metadata))
         self._declare(inits, metadata, device, rngs)
-        forked = rngs.dropout.fork() if keep_rngs and dropout > 0 else None
+        forked = rngs.dropout.fork() if keeps_rngs else None
         self.rngs = nnx.data(forked)
 
     @property
@@ -211,6 +219,7 @@ class MultiheadAttention(nnx.Module):
             ValueError: A size is negative.
             TypeError: A size is no integer, or the dtype not floating point.
         """
+        cache_checks.sizes(batch_size=batch_size, max_length=max_length)
         dtype = dtype or self.cache_dtype or self.dtype or self.param_dtype
         sizes = batch_size, max_length, self.num_heads, self.head_dim
         self.cache = nnx.Cache(KeyValueCache.empty(*sizes, dtype))
@@ -230,6 +239,7 @@ class MultiheadAttention(nnx.Module):
           batch_size: of the cache that is made, if this and max_length are given.
           max_length: tokens of each sequence that there is room for.
         """
+        cache_checks.view(decode, batch_size=batch_size, max_length=max_length)
         if deterministic is not None:
             arguments.python_bools(deterministic=deterministic)
             self.deterministic = deterministic
@@ -307,8 +317,12 @@ class MultiheadAttention(nnx.Module):
         )
         if deterministic or rngs is None:
             return None
-        rngs = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
+        if isinstance(rngs, nnx.Rngs):
+            checks.streams(rngs, "dropout")
+            rngs = rngs.dropout
         rng = rngs() if isinstance(rngs, nnx.RngStream) else rngs
+        what = "an nnx.Rngs, a stream of one, or a JAX random key"
+        arguments.random_key("rngs", rng, what)
         return Dropout.from_rng(rng, self.dropout)
 
 

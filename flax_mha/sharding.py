@@ -77,7 +77,10 @@ def param_shardings(params: Any, mesh: Any, rules: Rules = RULES) -> Any:
 
     Raises:
         ValueError: An axis does not divide by the size of the mesh axes, with both.
+        TypeError: An argument is something else.
     """
+    arguments.mesh("mesh", mesh)
+    arguments.rules("rules", rules)
 
     def sharding(names, leaf):
         own = getattr(leaf, "sharding_rules", None) or ()  # of an nnx.Variable

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from flax_mha._checks import arguments
 from flax_mha._params import ParamSpec, map_with_specs
 
 if TYPE_CHECKING:
@@ -43,8 +44,24 @@ def from_torch_shapes(tree: Any, like: Any) -> Any:
     Args:
         tree: Of arrays.
         like: Of the same structure; only shapes are read.
+
+    Raises:
+        ValueError: They differ in structure, or in how many elements a leaf has.
     """
-    return jax.tree.map(lambda x, same: x.reshape(same.shape), tree, like)
+
+    def reshaped(path, x, same):
+        if x.size != math.prod(same.shape):
+            raise ValueError(
+                f"tree must have as many elements as like, of shape {same.shape}, at "
+                f"{jax.tree_util.keystr(path)}, got shape {x.shape}."
+            )
+        return x.reshape(same.shape)
+
+    try:
+        jax.tree.map(lambda *_: None, tree, like)
+    except ValueError as error:
+        raise ValueError(f"tree must have the structure of like: {error}") from None
+    return jax.tree.map_with_path(reshaped, tree, like)
 
 
 def in_torch_shapes(
@@ -59,6 +76,9 @@ def in_torch_shapes(
     Args:
         optimizer: Optax's, or like it.
 
+    Raises:
+        TypeError: It is something else.
+
     >>> import jax, optax, jax.numpy as jnp
     >>> from flax_mha import MultiheadAttention
     >>> mha = MultiheadAttention(embed_dim=256, num_heads=2)
@@ -70,6 +90,11 @@ def in_torch_shapes(
     """
     import optax
 
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            "optimizer must be one of optax's, with init and update, "
+            f"got {arguments.describe(optimizer)}."
+        )
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):

@@ -40,7 +40,7 @@ LAYERS = [
     ["_cached_sequences"],
     ["_attention"],
     ["linen", "nnx", "functional"],
-    ["convert._processes"],
+    ["convert._processes", "convert._arguments"],
     ["convert._arrays", "convert._families", "convert._layers", "convert._model"],
     ["convert._rows"],
     ["convert._config", "convert._unseen"],

@@ -1,5 +1,6 @@
 """What is checked of an argument alone: the words that all other checks use."""
 
+import functools
 import math
 import numbers
 import operator
@@ -34,8 +35,48 @@ def probability(name: str, value: float) -> None:
 def scalar(name: str, value: Any) -> None:
     """Checks a number, which may be an array of one."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number and getattr(value, "shape", None) != ():
+    shape, dtype = (getattr(value, name, None) for name in ("shape", "dtype"))
+    if not is_number and not (shape == () and _is_real(dtype)):
         raise TypeError(f"{name} must be a number or None, got {describe(value)}.")
+
+
+def precision(value: Any) -> None:
+    if value is None:
+        return
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    try:
+        jax.eval_shape(functools.partial(jnp.dot, precision=value), one, one)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "precision must be what jax.numpy.einsum takes, such as 'highest' or "
+            f"jax.lax.Precision.HIGHEST, or None; got {describe(value)}."
+        ) from None
+
+
+def random_key(name: str, value: Any, what: str = "a JAX random key") -> None:
+    """Checks one key, of `jax.random.key` or `jax.random.PRNGKey`.
+
+    Args:
+        what: It may be, in words.
+    """
+    try:
+        is_new = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        shape = (value if is_new else jax.random.wrap_key_data(value)).shape
+    except (AttributeError, TypeError, ValueError):
+        shape = None
+    if shape != ():
+        raise TypeError(f"{name} must be {what}, got {describe(value)}.")
+
+
+def functions(kind: str, **given: Any) -> None:
+    """Checks what will be called, unless it is None.
+
+    Args:
+        kind: What it is, in words.
+    """
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be {kind}, got {describe(function)}.")
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> None:
@@ -46,14 +87,29 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def size(name: str, value: int) -> None:
-    try:
-        is_negative = operator.index(value) < 0
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a Python integer, got {describe(value)}."
-        ) from None
-    if is_negative:
+    if not is_index(value):
+        raise TypeError(f"{name} must be a Python integer, got {describe(value)}.")
+    if operator.index(value) < 0:
         raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def initialized(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Checks what an initializer returns."""
+    if getattr(value, "shape", None) != shape:
+        got = getattr(value, "shape", describe(value))
+        raise ValueError(
+            f"{name} must return an array of the shape that it is called with, "
+            f"{shape}, got {got}."
+        )
+
+
+def is_index(value: Any) -> bool:
+    """Whether this is an integer, NumPy's too; a bool is none."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def floating_dtype(name: str, dtype: DType) -> None:
@@ -92,10 +148,69 @@ def mask_dtypes(true_means: str = "may not attend", **masks: ArrayLike | None) -
             )
 
 
+def mesh(name: str, value: Any) -> None:
+    if not isinstance(value, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(
+            f"{name} must be a jax.sharding.Mesh or AbstractMesh, "
+            f"got {describe(value)}."
+        )
+
+
+def rules(name: str, value: Any) -> None:
+    """Checks pairs of a name and what mesh axes it is divided over."""
+
+    def is_axes(axes):
+        is_several = isinstance(axes, tuple | list)
+        each = axes if is_several else () if axes is None else (axes,)
+        return all(isinstance(axis, str) for axis in each)
+
+    if not isinstance(value, tuple | list):
+        raise TypeError(
+            f'{name} must be pairs of a name and mesh axes, as (("heads", "tensor"),), '
+            f"got {describe(value)}."
+        )
+    for n, rule in enumerate(value):
+        is_pair = isinstance(rule, tuple | list) and len(rule) == 2
+        if not (is_pair and isinstance(rule[0], str) and is_axes(rule[1])):
+            raise TypeError(
+                f'{name}[{n}] must be a name and mesh axes, as ("heads", "tensor"), or '
+                f'("batch", ("data", "fsdp")), or ("qkv", None); got {rule!r}.'
+            )
+
+
 def an_array(name: str, array: Any) -> None:
-    # A struct has the shape that an array would have, which is not there.
-    if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+    if not is_array(array):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}.")
+
+
+def integers(name: str, array: Any) -> None:
+    an_array(name, array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}.")
+
+
+def lengths(name: str, array: Any, batch: int, most: int) -> None:
+    """Checks how many of `most` tokens each sequence has, as far as it is known."""
+    integers(name, array)
+    if array.shape != (batch,):
+        raise ValueError(
+            f"{name} must have shape (batch,) = {(batch,)}, got {array.shape}."
+        )
+    host = known(array)
+    if host is not None and batch and (host.min() < 0 or host.max() > most):
+        raise ValueError(
+            f"{name} must be from 0 to length = {most}, "
+            f"got {host.min()} to {host.max()}."
+        )
+
+
+def is_array(value: Any) -> bool:
+    # A struct has the shape that an array would have, which is not there.
+    return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _is_real(dtype: DType) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
 
 
 def known(array: ArrayLike) -> np.ndarray | None:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from flax_mha._checks import arguments
 from flax_mha._typing import ArrayLike
 
@@ -10,6 +13,17 @@ def sizes(**sizes: int) -> None:
     """Checks the sizes that a cache is made with."""
     for name, size in sizes.items():
         arguments.size(name, size)
+
+
+def view(decode: bool | None, **sizes: int | None) -> None:
+    """Checks the sizes of `nnx.view`, with which it makes a cache."""
+    given = [name for name, size in sizes.items() if size is not None]
+    if given and (len(given) < len(sizes) or decode is False):
+        got = ", ".join(f"{name}={sizes[name]!r}" for name in given)
+        raise ValueError(
+            "batch_size and max_length must be given together, to make a cache, and "
+            f"not with decode=False; got {got} and decode={decode}."
+        )
 
 
 def is_for(cache: Any, *, batch: int, num_heads: int, head_dim: int) -> None:
@@ -21,6 +35,22 @@ def is_for(cache: Any, *, batch: int, num_heads: int, head_dim: int) -> None:
             "cache must be one of (batch, num_heads, head_dim) = "
             f"{wanted}, got {(*has, heads)}; without a batch, batch is 1."
         )
+
+
+def appended(cache: Any, key: Any, value: Any, lengths: Any) -> None:
+    """Checks what is to be appended to a cache."""
+    arguments.floating(key=key, value=value)
+    batch, heads, _, dim = cache.keys.shape
+    new = key.shape[1] if key.ndim > 1 else 0
+    for name, array in dict(key=key, value=value).items():
+        if array.shape != (batch, new, heads, dim):
+            raise ValueError(
+                f"{name} must have shape (batch, new, num_heads, head_dim) = "
+                f"({batch}, {new}, {heads}, {dim}), got {array.shape}."
+            )
+    room(cache.position, cache.length, new)
+    if lengths is not None:
+        arguments.lengths("lengths", lengths, batch, new)
 
 
 def room(position: ArrayLike, length: int, new: int) -> None:
@@ -48,6 +78,21 @@ def cache_of(cache: Any, kind: type) -> Any:
     if not isinstance(cache, kind):
         raise TypeError(
             f"cache must be a flax_mha.KeyValueCache, got {arguments.describe(cache)}."
+        )
+    keys, values, position = arrays = cache.keys, cache.values, cache.position
+    is_whole = (
+        all(map(arguments.is_array, arrays))
+        and keys.ndim == 4
+        and keys.shape == values.shape
+        and keys.dtype == values.dtype
+        and keys.dtype.itemsize == jnp.dtype(cache.dtype).itemsize
+        and (position.shape, position.dtype) == (keys.shape[:1], jnp.int32)
+    )
+    if not is_whole:
+        got = (f"{getattr(x, 'dtype', None)} {np.shape(x)}" for x in arrays)
+        raise ValueError(
+            "cache must have arrays as KeyValueCache.empty makes them; got keys, "
+            f"values and position of {', '.join(got)}, for {cache.dtype}."
         )
     return cache
 
@@ -86,6 +131,14 @@ def can_be_made(is_initializing: bool, key: Any) -> None:
         raise ValueError(
             "key must be given to init with decode=True, as long as the cache is to "
             "be; got None."
+        )
+
+
+def can_be_changed(is_mutable: bool) -> None:
+    if not is_mutable:
+        raise ValueError(
+            "decode=True appends key and value to the cache, which must be mutable: "
+            'apply(..., mutable=["cache"]) returns the next; got one that is not.'
         )
 
 

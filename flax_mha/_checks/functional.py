@@ -143,6 +143,7 @@ def dropout_rng(rate: float, rng: Array | None) -> Array:
         raise ValueError(
             f"dropout_rng must be a JAX random key if dropout_p={rate}, got None."
         )
+    arguments.random_key("dropout_rng", rng)
     return rng
 
 

@@ -1,7 +1,5 @@
 """What is checked of multi-head attention, and of a call of it."""
 
-import operator
-
 from flax_mha._checks import arguments
 from flax_mha._typing import ArrayLike
 
@@ -33,10 +31,9 @@ def sizes(
 
 def integers(**sizes: int) -> None:
     for name, size in sizes.items():
-        try:
-            operator.index(size)
-        except TypeError:
-            raise TypeError(f"{name} must be an integer, got {size!r}.") from None
+        # True is 1, as in PyTorch.
+        if not isinstance(size, bool) and not arguments.is_index(size):
+            raise TypeError(f"{name} must be an integer, got {size!r}.")
 
 
 def call(

@@ -1,5 +1,6 @@
 """What is checked of a module: of its constructor, and of the modes it is called in."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ def constructor(module: Any, device: Any) -> None:
     if module.deterministic is not None:
         arguments.python_bools(deterministic=module.deterministic)
     arguments.one_of("implementation", module.implementation, KERNELS)
+    arguments.precision(module.precision)
     if not isinstance(device, None | jax.Device | jax.sharding.Sharding):
         raise TypeError(
             "device must be a jax.Device, such as jax.devices('cpu')[0], a "
@@ -47,6 +49,31 @@ def dropout_call(
             f"if dropout={rate} and deterministic=False, rngs must hold a key, as in "
             f"{how}; got none."
         )
+
+
+def initializers(**given: Any) -> None:
+    arguments.functions(
+        "an initializer, called with a key, a shape and a dtype", **given
+    )
+
+
+def metadata(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(
+                f"{name} must be a dict of metadata or None, "
+                f"got {arguments.describe(value)}."
+            )
+
+
+def streams(rngs: Any, *names: str) -> None:
+    """Checks that an `nnx.Rngs` has these streams, or one for all."""
+    for name in names:
+        if name not in rngs and "default" not in rngs:
+            raise ValueError(
+                f'rngs must have a "{name}" stream, or one for all, as nnx.Rngs(0); '
+                f"got those of {sorted(rngs)}."
+            )
 
 
 def sown_weights(sow_weights: bool, need_weights: bool) -> None:

@@ -151,8 +151,11 @@ class RaggedArray:
             max_len: None: that of this array.
 
         Raises:
-            ValueError: `max_len` is less than an element is long, or may be.
+            ValueError: `max_len` is less than an element is long, or may be; or the
+                dtype cannot hold the padding value.
+            TypeError: The padding value is no number.
         """
+        checks.padding_value(padding_value, self.dtype)
         max_len = self.max_len if max_len is None else max_len
         lengths = known(self.lengths)
         longest = self.max_len if lengths is None else lengths.max(initial=0)

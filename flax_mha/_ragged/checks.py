@@ -1,5 +1,6 @@
 """What is checked of a `RaggedArray`, as far as it is known while tracing."""
 
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha._checks import arguments
-from flax_mha._typing import Array, ArrayLike
+from flax_mha._typing import ArrayLike
 
 
 def attributes(values: ArrayLike, offsets: ArrayLike, max_len: int | None) -> None:
     """Checks what a `RaggedArray` is built from."""
     arguments.an_array("values", values)
-    integers("offsets", offsets)
+    arguments.integers("offsets", offsets)
     if values.ndim == 0:
         raise ValueError("values must have an axis of tokens, got shape ().")
     if not all(isinstance(size, int) for size in (*values.shape, *offsets.shape)):
@@ -86,18 +87,7 @@ def padding(
     if lengths is not None and key_padding_mask is not None:
         raise ValueError("lengths must be None if key_padding_mask is given, got both.")
     if lengths is not None:
-        integers("lengths", lengths)
-        if lengths.shape != (batch,):
-            raise ValueError(
-                f"lengths must have shape (batch,) = {(batch,)}, got {lengths.shape}."
-            )
-        if isinstance(lengths, np.ndarray) and batch:
-            shortest, longest = lengths.min(), lengths.max()
-            if shortest < 0 or longest > length:
-                raise ValueError(
-                    f"lengths must be from 0 to length = {length}, "
-                    f"got {shortest} to {longest}."
-                )
+        arguments.lengths("lengths", lengths, batch, length)
     if key_padding_mask is not None:
         arguments.an_array("key_padding_mask", key_padding_mask)
         if key_padding_mask.dtype != jnp.bool_:
@@ -138,6 +128,24 @@ def padded_len(max_len: int, longest: int, is_known: bool) -> None:
         )
 
 
+def padding_value(value: Any, dtype: np.dtype) -> None:
+    """Checks that values of this dtype can be filled up with it."""
+    is_number = isinstance(value, numbers.Number)
+    if not is_number and not (arguments.is_array(value) and value.shape == ()):
+        raise TypeError(
+            f"padding_value must be a number, got {arguments.describe(value)}."
+        )
+    is_known = is_number or arguments.known(value) is not None
+    if jnp.issubdtype(dtype, jnp.floating) or not is_known:
+        return
+    with np.errstate(invalid="ignore"):  # NaN
+        cast = np.asarray(value).astype(dtype)
+    if cast != value:
+        raise ValueError(
+            f"padding_value must be one that {dtype} can be, got {value!r}."
+        )
+
+
 def index(position: Any, batch: int) -> int:
     """Returns which element this is, from 0."""
     try:
@@ -155,7 +163,10 @@ def index(position: Any, batch: int) -> int:
 def equal_parts(arrays: Sequence[Any]) -> None:
     """Checks what is to be stacked."""
     if not isinstance(arrays, Sequence) or not arrays:
-        raise ValueError("arrays must be a list of at least one RaggedArray, got none.")
+        got = "none" if isinstance(arrays, Sequence) else arguments.describe(arrays)
+        raise ValueError(
+            f"arrays must be a list of at least one RaggedArray, got {got}."
+        )
     for n, array in enumerate(arrays):
         name = f"arrays[{n}]"
         ragged(name, array)
@@ -233,11 +244,4 @@ def ragged(name: str, array: Any) -> Any:
             f"{name} must be a RaggedArray, as the others are, got "
             f"{arguments.describe(array)}; see RaggedArray.from_padded."
         )
-    return array
-
-
-def integers(name: str, array: Any) -> Array:
-    arguments.an_array(name, array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}.")
     return array

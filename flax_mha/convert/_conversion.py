@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flax_mha.convert import _strict
+from flax_mha.convert._arguments import check_flags, check_state_dict
 from flax_mha.convert._arrays import Spec, specs
 from flax_mha.convert._entries import Axes, Entry, StateDict
 from flax_mha.convert._entries import flatten as flatten
@@ -92,6 +93,7 @@ class Conversion:
             ValueError: A tensor is missing, misshapen or of another dtype, or there is
                 a bias that was absent; all are listed.
         """
+        check_state_dict(state_dict)
         absent = set(self._absent)
         wanted = {
             key: Spec(entry.torch_shape, entry.dtype)
@@ -165,6 +167,7 @@ class Conversion:
                 `all_biases`, a bias that the state_dict lacked is no longer zero; all
                 are listed.
         """
+        check_flags(all_biases=all_biases)
         flat = flatten(params)
         _strict.raise_if_any(
             "params must be as converted",
@@ -209,7 +212,7 @@ class Conversion:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"text must be what Conversion.to_json returned, got {text[:60]!r}: "
+                f"text must be what Conversion.to_json returned, got {text!r:.60}: "
                 f"{type(error).__name__} {error}."
             ) from error
 
@@ -243,6 +246,11 @@ def _placed(
     """Puts each device's part on it, and waits, to let the host forget it."""
     import jax
 
+    if not isinstance(sharding, jax.sharding.Sharding):
+        raise TypeError(
+            "place must return a jax.sharding.Sharding or None, got "
+            f"{type(sharding)} for {entry.path!r}."
+        )
     if jax.dtypes.canonicalize_dtype(entry.dtype) != entry.dtype:
         raise ValueError(
             f"place must leave parameters of dtype {entry.dtype} to NumPy unless JAX "

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_mha.convert import _parts, _questions, _strict
+from flax_mha.convert._arguments import check_kind, check_rules, check_several
 from flax_mha.convert._arrays import Spec, check_computable, few, numpy_dtype, specs
 from flax_mha.convert._config import config_of, unseen_in
 from flax_mha.convert._conversion import Conversion, ConvertedLayer
@@ -67,8 +68,11 @@ def draft_tree(
     config: Mapping[str, Any] | None = None,
 ) -> Draft:
     """Returns what `plan_tree` plans, and what it asks; for the arguments see there."""
-    _check_no_string(ignore, "ignore", "patterns")
-    _check_no_string(stack, "stack", "modules")
+    check_several("ignore", ignore, "patterns")
+    check_several("stack", stack, "modules")
+    check_rules("rename", rename)
+    check_rules("kinds", kinds)
+    check_kind("config", config, Mapping | None, "what config.json holds, a dict")
     below = names_below(prefix, state_dict)
     ignored = first_matches(ignore, below, "ignore")
     known = specs(state_dict)
@@ -116,16 +120,15 @@ def draft_tree(
     )
 
 
-def _check_no_string(value: Sequence[str], argument: str, what: str) -> None:
-    if isinstance(value, str):
-        raise TypeError(f"{argument} must be several {what}, got the string {value!r}.")
-
-
 def _target_specs(target: Mapping[str, Any]) -> dict[str, Spec]:
-    return {
-        path: Spec(leaf.shape, numpy_dtype(leaf.dtype, path))
-        for path, leaf in flatten(target).items()
-    }
+    wanted = {}
+    for path, leaf in flatten(target, argument="target").items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"target must have a shape and dtype at {path!r}, got {type(leaf)}."
+            )
+        wanted[path] = Spec(leaf.shape, numpy_dtype(leaf.dtype, path))
+    return wanted
 
 
 def _split(kinds: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_mha.convert._arguments import check_tree
 from flax_mha.convert._arrays import Spec, seen
 from flax_mha.convert._processes import is_divided, whole
 
@@ -172,12 +173,13 @@ class StateDict(Mapping):
         return len(self._rows)
 
 
-def flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
+def flatten(
+    tree: Mapping[str, Any], separator: str = "/", *, argument: str = "params"
+) -> dict[str, Any]:
     """Returns the leaves by their path, out of any boxes that Flax keeps them in."""
     from flax.core import meta  # and JAX
 
-    if not isinstance(tree, Mapping):
-        raise TypeError(f"params must be nested dicts of arrays, got {type(tree)}.")
+    check_tree(argument, tree)
     flat = {}
     for name, node in tree.items():
         if isinstance(node, Mapping):

@@ -7,13 +7,13 @@ import numpy as np
 
 from flax_mha._params import parameter_table
 from flax_mha.convert import _strict
+from flax_mha.convert._arguments import check_state_dict
 from flax_mha.convert._arrays import Spec, is_floating, specs
 from flax_mha.convert._config import config_of, lines_of
 from flax_mha.convert._families import FAMILIES, OTHER_KINDS, Family
 from flax_mha.convert._layers import AttentionLayer as AttentionLayer
 from flax_mha.convert._layers import LookAlike as LookAlike
 from flax_mha.convert._reasons import reason
-from flax_mha.convert._rules import check_mapping
 from flax_mha.convert._unseen import ancestors, with_unseen
 
 # The families, or other kinds, that a name speaks for.
@@ -40,7 +40,7 @@ def find_layers(state_dict: Mapping[str, Any]) -> list[AttentionLayer]:
         TypeError: `state_dict` is not a mapping of names to tensors.
         ValueError: config.json is no JSON object.
     """
-    check_mapping(state_dict)
+    check_state_dict(state_dict)
     found = find(specs(state_dict), config_of(state_dict))
     return [layer for layer in found if isinstance(layer, AttentionLayer)]
 
@@ -54,7 +54,7 @@ def find_look_alikes(state_dict: Mapping[str, Any]) -> list[LookAlike]:
     Raises:
         TypeError: `state_dict` is not a mapping of names to tensors.
     """
-    check_mapping(state_dict)
+    check_state_dict(state_dict)
     found = find(specs(state_dict), config_of(state_dict))
     return [layer for layer in found if isinstance(layer, LookAlike)]
 

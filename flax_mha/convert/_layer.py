@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from flax_mha._checks import layer
 from flax_mha._params import SEPARATE_WEIGHTS, ParamSpec, parameter_table
 from flax_mha.convert import _strict
 from flax_mha.convert._arrays import as_numpy, check_computable, few, specs
+from flax_mha.convert._entries import flatten
 from flax_mha.convert._families import FAMILIES, OTHER_KINDS
 from flax_mha.convert._nnx import update_nnx
 from flax_mha.convert._rules import dotted, names_below
@@ -78,10 +79,7 @@ def state_dict_from_params(
     Raises:
         ValueError: A parameter is missing, unexpected or misshapen; all are listed.
     """
-    flat = {
-        name: as_numpy(param, name)
-        for name, param in flatten_dict(params, sep=".").items()
-    }
+    flat = {name: as_numpy(param, name) for name, param in flatten(params, ".").items()}
     shapes = {name: param.shape for name, param in flat.items()}
     if len(shapes.get("out_proj.weight", ())) != 3:
         raise ValueError(

@@ -4,19 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from flax_mha.convert._arguments import check_kind, check_state_dict
 from flax_mha.convert._arrays import few
 
 
 def dotted(prefix: str) -> str:
+    check_kind("prefix", prefix, str, "a string")
     return prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-
-
-def check_mapping(state_dict: Any) -> None:
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            "state_dict must map names to arrays, as module.state_dict() does, "
-            f"got {type(state_dict)}."
-        )
 
 
 def names_below(prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
@@ -24,9 +18,9 @@ def names_below(prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
 
     Raises:
         ValueError: There are none.
-        TypeError: `state_dict` is not a mapping.
+        TypeError: `state_dict` is not a mapping of names, or the prefix is no string.
     """
-    check_mapping(state_dict)
+    check_state_dict(state_dict)
     names = [name for name in state_dict if name.startswith(dotted(prefix))]
     if not names:
         raise ValueError(

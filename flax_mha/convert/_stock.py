@@ -8,6 +8,7 @@ import numpy as np
 
 from flax_mha._params import SEPARATE_WEIGHTS, parameter_table
 from flax_mha.convert import _strict
+from flax_mha.convert._arguments import check_tree
 from flax_mha.convert._conversion import flatten
 
 _PROJECTIONS = ("query", "key", "value")
@@ -33,7 +34,7 @@ def to_stock(params: Mapping[str, Any]) -> dict[str, Any]:
             parameters are not those of a `MultiheadAttention`.
         TypeError: `params` is not a mapping.
     """
-    _check_mapping(params, "params")
+    check_tree("params", params)
     return _each_layer(
         params,
         lambda tree: tree.keys() & {"in_proj_weight", *SEPARATE_WEIGHTS},
@@ -54,15 +55,10 @@ def from_stock(tree: Mapping[str, Any]) -> dict[str, Any]:
             heads or an output of other sizes than embed_dim gives.
         TypeError: `tree` is not a mapping.
     """
-    _check_mapping(tree, "tree")
+    check_tree("tree", tree)
     return _each_layer(
         tree, lambda tree: {*_PROJECTIONS, "out"} <= tree.keys(), _from_stock
     )
-
-
-def _check_mapping(tree: Any, argument: str) -> None:
-    if not isinstance(tree, Mapping):
-        raise TypeError(f"{argument} must be nested dicts of arrays, got {type(tree)}.")
 
 
 def _each_layer(

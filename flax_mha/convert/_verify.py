@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flax_mha.convert import _compute, _strict
+from flax_mha.convert._arguments import check_kind
 from flax_mha.convert._arrays import as_numpy, specs
 from flax_mha.convert._conversion import Conversion, ConvertedLayer
 from flax_mha.convert._entries import flatten
@@ -79,6 +80,7 @@ def verify(
         ValueError: Layers differ by more than the tolerance, or tensors by a bit; all
             are listed. Or the two are not of one model.
     """
+    check_kind("conversion", conversion, Conversion | None, "a Conversion, or None")
     if conversion is None:
         conversion = plan_tree(state_dict, num_heads, target=params)
     conversion.check(state_dict)

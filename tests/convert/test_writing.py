@@ -167,7 +167,13 @@ NOT_WRITTEN = {
         TypeError,
         "a must be a torch tensor, NumPy array or JAX array, got <class 'list'>.",
     ),
-    "number as name": ("a.safetensors", {3: ONES["a"]}, None, TypeError, "names, and"),
+    "number as name": (
+        "a.safetensors",
+        {3: ONES["a"]},
+        None,
+        TypeError,
+        "names in state_dict must be strings",
+    ),
     "number as text": ("a.safetensors", ONES, {"a": 3}, TypeError, "names, and the te"),
     "header's own name": (
         "a.safetensors",

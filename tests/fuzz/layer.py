@@ -185,15 +185,16 @@ def additive(config, given, batch, tgt_len, src_len, extra):
     parts = [np.where(x, -np.inf, 0) if x.dtype == bool else x for x in parts]
     with np.errstate(over="ignore"):
         total = functools.reduce(np.add, parts, np.zeros((1, 1, tgt_len, src_len)))
-    if config["lowest"] and _kinds(config) >= {"float"} and len(parts) == 2:
-        total = _overflown(config, total)
+    if _kinds(config) >= {"float"} and len(parts) == 2:
+        total = _rounded(total, _mask_dtype(config))
     return np.pad(total, [(0, 0)] * 3 + [(0, extra)])
 
 
-def _overflown(config, total):
-    """Two masks of the lowest number add up to -inf, in their dtype."""
-    lowest = float(jnp.finfo(_mask_dtype(config)).min)
-    return np.where(total.real < 1.5 * lowest, -np.inf, total)
+def _rounded(total, dtype):
+    """Two masks are summed in their dtype, of the lowest numbers to -inf."""
+    with np.errstate(over="ignore"):
+        real = total.real.astype(dtype).astype(np.float64)
+    return real + 1j * total.imag if np.iscomplexobj(total) else real
 
 
 def draw_params(config, rng):

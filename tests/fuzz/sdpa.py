@@ -179,7 +179,9 @@ def draw_mask(config, sets, rng):
 def can_torch(config):
     # It draws dropout otherwise, and does not broadcast or divide what is empty.
     is_empty = 0 in (*config["leading"], *pick(config, *SIZES).values())
-    return config["dropout"] == 0 and not is_empty
+    # On CPUs, it multiplies the -inf of its causal mask with the scale.
+    is_upside_down = config["is_causal"] and (config["scale"] or 1) < 0
+    return config["dropout"] == 0 and not is_empty and not is_upside_down
 
 
 SIZES = ("tgt_len", "src_len", "head_dim", "value_dim")

@@ -249,6 +249,22 @@ def test_masks_say_nothing_of_an_element_without_keys(implementation):
     assert np.all(np.isnan(out[1])) and not np.any(weights[0])
 
 
+def test_what_masks_say_of_padding_is_in_no_gradient():
+    x = lay([1, 3], EMBED, max_len=3)
+    mask = jnp.array([[0, 1, 1], [0, 0, 1], [1, 0, 0]], bool)
+    # Of the first element, its one query attends to its one key, and the two of padding
+    # to nothing.
+
+    def loss(values, implementation):
+        apply = module(implementation=implementation)
+        out, weights = apply(*[x.map(lambda _: values)] * 3, attn_mask=mask)
+        return jnp.sum(out.values**2) + jnp.sum(weights**2)
+
+    names = "reference", "blockwise"
+    got, want = (jax.grad(loss)(x.only_tokens().values, name) for name in names)
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
+
+
 def test_a_hint_replaces_the_mask_as_in_torch():
     x = lay([5, 33], EMBED)
     mask = jnp.zeros((x.max_len, x.max_len), bool)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_mha.convert._arguments import as_path
 from flax_mha.convert._arrays import LazyArray, Spec, few, is_array
 from flax_mha.convert._files import distributed, peel, pickles, safetensors
 from flax_mha.convert._files.folders import (
@@ -143,7 +144,7 @@ def read_state_dict(
             framework, has tensors that are no plain arrays, could be read in more ways
             than one, or was written by `save_params`.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not path.is_file() and not path.is_dir():  # a pipe would never end
         raise FileNotFoundError(f"path must be a file or folder, got {str(path)!r}.")
     if (path / ORBAX).is_file():

@@ -10,6 +10,13 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_mha.convert._arguments import (
+    as_path,
+    check_flags,
+    check_kind,
+    check_state_dict,
+    check_tree,
+)
 from flax_mha.convert._arrays import as_numpy, few, specs
 from flax_mha.convert._conversion import Conversion
 from flax_mha.convert._files import folder_writer, replacing, safetensors
@@ -56,7 +63,10 @@ def save_safetensors(
         OSError: It could not be written; the disk is full, say. Of several processes,
             the first one has the reason.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
+    check_state_dict(state_dict)
+    check_flags(overwrite=overwrite)
+    check_kind("metadata", metadata, Mapping | None, "a dict of texts by name, or None")
     if not isinstance(max_file_size, int) or max_file_size < 1:
         raise ValueError(
             f"max_file_size must be a number of bytes, got {max_file_size!r}."
@@ -101,8 +111,10 @@ def save_params(
             without elements.
         OSError: It could not be written; the disk is full, say.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     flat = _flat(params)
+    check_flags(overwrite=overwrite)
+    check_kind("conversion", conversion, Conversion | None, "a Conversion, or None")
     if conversion is not None:
         # Which only its own parameters have, trained or not.
         conversion.state_dict(params, all_biases=True)
@@ -139,7 +151,7 @@ def load_params(
         FileNotFoundError: There is none.
         ValueError: It is neither, or broken, or the conversion is of other parameters.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.is_dir():
         return _restore(path)
     if not path.is_file():
@@ -231,8 +243,7 @@ def _restore(path: pathlib.Path) -> tuple[dict[str, Any], Conversion | None]:
 
 
 def _flat(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must be nested mappings, got {type(params)}.")
+    check_tree("params", params)
     flat = flatten_dict(params)
     for names in flat:
         if not all(isinstance(name, str) and "/" not in name for name in names):

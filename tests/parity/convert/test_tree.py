@@ -560,7 +560,7 @@ WRONG = {
     "target_not_a_tree": (
         dict(state_dict=LINEAR, target=3),
         TypeError,
-        "params must be nested dicts of arrays, got <class 'int'>.",
+        "target must be nested dicts of arrays, got <class 'int'>.",
     ),
     "stack_of_nothing": (
         dict(state_dict=LINEAR, stack=["l"]),
