@@ -160,14 +160,16 @@ def map_with_specs(
         TypeError: A leaf has no shape.
     """
     import jax
+    from flax.core import meta
 
     def each(path, leaf):
-        if not hasattr(leaf, "shape"):
+        array = leaf.value if isinstance(leaf, meta.Partitioned) else leaf
+        if not hasattr(array, "shape"):
             raise TypeError(
                 "a tree of parameters must have arrays for leaves, got "
                 f"{type(leaf)} at {jax.tree_util.keystr(path)}."
             )
-        return function(leaf, _spec(_name(path), len(leaf.shape)))
+        return function(leaf, _spec(_name(path), len(array.shape)))
 
     return jax.tree.map_with_path(each, tree, is_leaf=is_leaf)
 

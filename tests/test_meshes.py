@@ -418,6 +418,13 @@ def test_fully_sharded_parameters_are_gathered_and_no_activations(kind):
     assert set(moved) <= {"3,8,128,512", "512,8,128"}
 
 
+def test_boxes_of_other_layers_name_their_own_axes():
+    mesh = jax.sharding.AbstractMesh((2,), ("fsdp",))
+    shape = jax.ShapeDtypeStruct((8, 4), "float32")
+    params = {"kernel": nn.LogicallyPartitioned(shape, ("embed", None))}
+    assert param_shardings(params, mesh)["kernel"].spec == P("fsdp", None)
+
+
 def test_of_fully_sharded_layers_a_device_keeps_and_sums_its_own_parts(kind):
     """Else a loop over layers would keep for its gradient what it has gathered."""
     rules = (("batch", ("data", "tensor")), ("embed", "tensor"))

@@ -181,7 +181,10 @@ def can_torch(config):
     is_empty = 0 in (*config["leading"], *pick(config, *SIZES).values())
     # On CPUs, it multiplies the -inf of its causal mask with the scale.
     is_upside_down = config["is_causal"] and (config["scale"] or 1) < 0
-    return config["dropout"] == 0 and not is_empty and not is_upside_down
+    # A mask of all sequences must not widen the logits of one.
+    is_narrow = config["attn_mask"] and config["single"] == "query"
+    is_narrow = is_narrow and config["lacking"] == "key"
+    return config["dropout"] == 0 and not (is_empty or is_upside_down or is_narrow)
 
 
 SIZES = ("tgt_len", "src_len", "head_dim", "value_dim")
