@@ -13,6 +13,16 @@ def table(cases):
     return pytest.mark.parametrize("given, error, text", cases.values(), ids=cases)
 
 
+def by_text(wrong):
+    """Parametrises over [(error, text, [(a call, what fills the text), ...])]."""
+    cases = [
+        (call, error, text.format(*said))
+        for error, text, calls in wrong
+        for call, *said in calls
+    ]
+    return pytest.mark.parametrize("call, error, text", cases)
+
+
 def assert_raises(error, text, call):
     with pytest.raises(error) as raised:
         call()

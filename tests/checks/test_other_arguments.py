@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from flax_mha import KeyValueCache, MultiheadAttention, RaggedArray
@@ -15,7 +14,7 @@ from tests.checks.test_every_argument import (
     nnx_module,
     of_nnx,
 )
-from tests.raising import CALL, assert_raises, floats, ints
+from tests.raising import CALL, assert_raises, by_text, floats, ints
 
 ONE = "an array of shape ()"
 TWO = "an array of shape (2,)"
@@ -279,13 +278,6 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    "call, error, text",
-    [
-        (call, error, text.format(*said))
-        for error, text, calls in WRONG
-        for call, *said in calls
-    ],
-)
+@by_text(WRONG)
 def test_a_wrong_call_is_told(call, error, text):
     assert_raises(error, text, call)

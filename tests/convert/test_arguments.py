@@ -1,7 +1,6 @@
 """Arguments of the converter, and of all that takes trees of parameters."""
 
 import jax
-import pytest
 
 from flax_mha import sharding, training
 from flax_mha.convert import (
@@ -16,7 +15,7 @@ from flax_mha.convert import (
     state_dict_from_params,
     verify,
 )
-from tests.raising import assert_raises, floats
+from tests.raising import assert_raises, by_text, floats
 
 
 def shardings(params=None, mesh=None, rules=sharding.RULES):
@@ -184,13 +183,6 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    "call, error, text",
-    [
-        (call, error, text.format(*said))
-        for error, text, calls in WRONG
-        for call, *said in calls
-    ],
-)
+@by_text(WRONG)
 def test_a_wrong_call_is_told(call, error, text):
     assert_raises(error, text, call)
