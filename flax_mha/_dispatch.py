@@ -84,9 +84,9 @@ def _run(options: Options, layout: Any, call: Call) -> Any:
         layout = Ring(length.axes, length.parts)  # it moves no head twice
     else:
         call = call.repeated(layout.columns.index("heads"))
+    call = call if options.weights is None else layout.alive(call)
     if options.implementation == "reference":
         attend = functools.partial(_by_definition, options)
-        call = call if options.weights is None else layout.alive(call)
         with jax.named_scope("reference"):
             out, _, weights = layout.forward(attend, call)
         return checkpoint_name(out, "context"), weights

@@ -61,7 +61,7 @@ class Padded:
         """Returns the call with something to attend to for queries of padding.
 
         Their weights are left out; but NaN, for nothing, would be in all gradients of
-        the definition.
+        the definition, and in all second ones.
         """
         return call
 
