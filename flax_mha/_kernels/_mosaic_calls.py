@@ -149,6 +149,7 @@ def _call(
         grid=tuple(sizes[order.index(axis)] for axis in range(3)),
         in_specs=in_specs,
         out_specs=out_specs,
+        scratch_shapes=setting.scratch,
     )
     run = pl.pallas_call(
         kernel,

@@ -80,7 +80,10 @@ def gradient(
             out_specs=pl.BlockSpec(
                 (1, 1, sizes.rows, sizes.span), lambda *ids: ids[:4]
             ),
-            scratch_shapes=[pltpu.VMEM((sizes.span, sizes.rows), jnp.float32)],
+            scratch_shapes=[
+                pltpu.VMEM((sizes.span, sizes.rows), jnp.float32),
+                *setting.scratch,
+            ],
         ),
         interpret=setting.interpret,
         compiler_params=pltpu.CompilerParams(

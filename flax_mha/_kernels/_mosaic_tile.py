@@ -43,6 +43,29 @@ class Setting:
     precision: Any
     interpret: bool
 
+    @property
+    def whole_chunks(self) -> int:
+        """How many chunks of each span are before any padding."""
+        sizes = self.sizes
+        before = (sizes.spans - 1) * sizes.span
+        whole = max(0, self.logits[3] - before) // sizes.columns
+        return min(whole, sizes.chunks)
+
+    @property
+    def passes(self) -> int:
+        """How often a loop over groups of chunks runs; 1 is no loop."""
+        # It knows of no padding, nor do the logits that it begins for what follows.
+        return 1 if self.sizes.skips else (self.whole_chunks - 1) // self.sizes.group
+
+    @property
+    def scratch(self) -> list[Any]:
+        """The memory where a loop keeps the logits that it has begun."""
+        # Not by `run_scoped`, which JAX 0.12 lowers on TPU devices alone.
+        if self.passes <= 1:
+            return []
+        shape = self.sizes.group, self.sizes.columns, self.sizes.rows
+        return [pltpu.VMEM(shape, jnp.float32)]
+
 
 class Shared(NamedTuple):
     """What forward and backward pass read alike."""
@@ -74,6 +97,7 @@ class Tile:
     words: list[Any]
     bias: list[Any]
     masks: list[Any]
+    begun: Any = None  # `Setting.scratch`, if it has any
 
     def __post_init__(self) -> None:
         # Of all chunks, and so before any loop over them.
@@ -100,19 +124,16 @@ class Tile:
         self, step: Callable, carry: Any, logits: Array | None = None
     ) -> Any:
         """Returns `carry` after `step(n, logits, carry)` for each chunk of keys."""
-        sizes = self.setting.sizes
-        if sizes.skips:
+        if self.setting.sizes.skips:
             return self._over_seen(step, carry)
-        # A loop knows of no padding, nor do the logits that it begins for what follows.
-        passes = (self._whole_chunks - 1) // sizes.group
-        if passes > 1:
-            return self._over_groups(passes, step, carry)
-        return self._over(range(sizes.chunks), step, carry, logits)
+        if self.begun is not None:
+            return self._over_groups(step, carry)
+        return self._over(range(self.setting.sizes.chunks), step, carry, logits)
 
     def _over_seen(self, step: Callable, carry: Any) -> Any:
         """Leaves out groups that no query sees."""
         group, chunks = self.setting.sizes.group, self.setting.sizes.chunks
-        passes = self._whole_chunks // group
+        passes = self.setting.whole_chunks // group
 
         def visit(first, count, carry):
             numbers = [first + j for j in range(count)]
@@ -130,24 +151,20 @@ class Tile:
             carry = visit(first, min(group, chunks - first), carry)
         return carry
 
-    def _over_groups(self, passes: int, step: Callable, carry: Any) -> Any:
-        group, columns = self.setting.sizes.group, self.setting.sizes.columns
+    def _over_groups(self, step: Callable, carry: Any) -> Any:
+        passes, group = self.setting.passes, self.setting.sizes.group
 
-        def run(begun):
-            def visit(i, carry):
-                for j in range(group):
-                    n = i * group + j
-                    begun[(j + 1) % group] = self.logits(n + 1)
-                    carry = step(n, begun[j], carry)
-                return carry
+        def visit(i, carry):
+            for j in range(group):
+                n = i * group + j
+                self.begun[(j + 1) % group] = self.logits(n + 1)
+                carry = step(n, self.begun[j], carry)
+            return carry
 
-            begun[0] = self.logits(0)
-            after = lax.fori_loop(0, passes, visit, carry)
-            rest = range(passes * group, self.setting.sizes.chunks)
-            return self._over(rest, step, after, begun[0])
-
-        shape = group, columns, self.setting.sizes.rows
-        return pl.run_scoped(run, pltpu.VMEM(shape, jnp.float32))
+        self.begun[0] = self.logits(0)
+        carry = lax.fori_loop(0, passes, visit, carry)
+        rest = range(passes * group, self.setting.sizes.chunks)
+        return self._over(rest, step, carry, self.begun[0])
 
     def _over(
         self,
@@ -161,14 +178,6 @@ class Tile:
             following = None if after is None else self.logits(after)
             carry, logits = step(n, logits, carry), following
         return carry
-
-    @property
-    def _whole_chunks(self) -> int:
-        """How many chunks of each span are before any padding."""
-        sizes = self.setting.sizes
-        before = (sizes.spans - 1) * sizes.span
-        whole = max(0, self.setting.logits[3] - before) // sizes.columns
-        return min(whole, sizes.chunks)
 
     def dropped(self, n: Any, *probs: Array) -> Any:
         """Returns them with zeros, for NaN too; they are not scaled up."""
@@ -246,7 +255,7 @@ class Tile:
             if setting.covered < setting.logits[3]:
                 allowed |= column >= setting.covered
             logits = jnp.where(allowed, logits, -jnp.inf)
-        if isinstance(n, int) and n >= self._whole_chunks:
+        if isinstance(n, int) and n >= self.setting.whole_chunks:
             exists = self._column(n) < setting.logits[3]
             logits = jnp.where(exists, logits, -jnp.inf)
         return logits
@@ -257,9 +266,10 @@ def tile_of(
 ) -> tuple[Tile, list[Any]]:
     """Returns a step's tile, and the references that are not of `Shared`."""
     firsts, rest = refs[:5], list(refs[5:])
+    begun = rest.pop() if setting.scratch else None
     optional = []
     for some in (shared.words, shared.bias, shared.masks):
         optional.append(rest[: len(some)])
         rest = rest[len(some) :]
     span = span if setting.sizes.spans > 1 else 0
-    return Tile(setting, place, span, *firsts, *optional), rest
+    return Tile(setting, place, span, *firsts, *optional, begun=begun), rest
