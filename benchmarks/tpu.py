@@ -81,6 +81,7 @@ def _compiled(chip: str, function, args) -> dict:
     return {
         "cycles": found.cycles,
         "skippable": found.skippable,
+        "loops": found.loops,
         "temp_mib": round(found.temp_mib),
     }
 
@@ -90,8 +91,11 @@ def _executed(runs: Results, key: str) -> float | None:
     run = runs.get(key, {})
     if "cycles" not in run:
         return None
-    name = key.split("/")[1]
-    share = CASES[name].share if name in CASES else 1.0
+    case = CASES.get(key.split("/")[1])
+    if run["loops"]:
+        pairs = zip(case.trips, run["loops"], strict=True)
+        return (run["cycles"] + sum((trips - 1) * loop for trips, loop in pairs)) / 1000
+    share = case.share if case else 1.0
     return (run["cycles"] - (1 - share) * run["skippable"]) / 1000
 
 

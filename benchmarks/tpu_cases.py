@@ -41,8 +41,14 @@ class Case:
         return 1, heads, self.length, self.length
 
     @property
+    def trips(self) -> tuple[float, ...]:
+        """How often our kernels' loops run, for a block: over 1024 keys at a time."""
+        parts = self.length // 1024
+        return {"padding": (parts / 2,), "causal": (1, (parts - 1) / 2)}[self.mask]
+
+    @property
     def share(self) -> float:
-        """How much a kernel executes of what it can jump over: 1024 keys at a time."""
+        """How much other kernels execute of what they can jump over."""
         parts = self.length // 1024
         shares = {"padding": 0.5, "causal": (parts + 1) / (2 * parts or 1)}
         return shares.get(self.mask, 1.0)

@@ -139,7 +139,7 @@ def _head(step: Tile, h: int, query: Any, key: Any, value: Any) -> Tile:
         step.setting,
         (b, first * step.setting.sizes.heads + h, i),
         step.span,
-        *(step.visible, step.numbers),
+        *(step.seen, step.numbers),
         *(_of(h, x) for x in (query, key, value)),
         *([_of(h, x) for x in masks] for masks in (step.words, step.bias, step.masks)),
     )

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flax_mha._kernels._mosaic_calls import VMEM
+from flax_mha._kernels._mosaic_chunks import over_chunks
 from flax_mha._kernels._mosaic_sizes import Sizes
 from flax_mha._kernels._mosaic_steps import logits_gradient
 from flax_mha._kernels._mosaic_tile import Setting, Shared, tile_of
@@ -54,7 +55,7 @@ def gradient(
             total[step.at(n)] += d_logits
             return carry
 
-        step.over_chunks(add, jnp.int32(0))
+        over_chunks(step, add, jnp.int32(0))
 
         @pl.when(number == math.prod(visits.inner) - 1)
         def _():

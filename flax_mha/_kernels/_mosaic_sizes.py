@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from flax_mha._call import Call
 
-# Keys of a head in the vector memory: more take as long, and longer to compile.
+# Keys of a head in the vector memory where no loop visits them, in the backward pass
+# without masks: more take as long, and longer to compile.
 _MOST_KEYS = 4096
 _MASK_KEYS = 2048  # of these in a block of a mask's gradient
 _MOST_MIB = 36  # of the vector memory, beside what is computed
@@ -14,8 +15,7 @@ _TILE = 512  # rows of a block, and columns of a chunk
 # Rows of a block in the forward pass, if there is no dropout and no mask but of keys,
 # or causal: 512 take up to an eighth more cycles there.
 _TALL = 1024
-# Keys that are skipped together. Compiled for v5e, 512 take a sixth more cycles, for
-# less is begun early.
+# Keys that are skipped together.
 _SKIPPED = 1024
 # Logits of a group of chunks, where all are visited. Only tall blocks have several, and
 # take 2 to 3 % more cycles for it, but half as long to compile.
@@ -52,9 +52,12 @@ class Sizes:
         rows = part(tgt_len, _TALL if is_tall else _tile(call))
         columns = part(src_len, _tile(call))
         chunks = -(-src_len // columns)
-        spans = -(-chunks // (_most_keys(call) // columns))
+        most, skips = _most_keys(call, is_forward), _skips(call)
+        if not is_forward and not skips:
+            most = min(most, _MOST_KEYS)
+        spans = -(-chunks // (most // columns))
         tgt = padded(rows, tgt_len)
-        return cls(tgt, rows, columns, -(-chunks // spans), spans, _skips(call))
+        return cls(tgt, rows, columns, -(-chunks // spans), spans, skips)
 
     @classmethod
     def of_masks(cls, call: Call) -> "Sizes":
@@ -121,18 +124,19 @@ def _tile(call: Call) -> int:
     return _TILE if call.query.dtype == jnp.bfloat16 else 256
 
 
-def _most_keys(call: Call) -> int:
-    """Returns how many keys of a head the vector memory holds in the backward pass."""
+def _most_keys(call: Call, is_forward: bool) -> int:
+    """Returns how many keys of a head the vector memory holds."""
     dims = call.query.shape[3], call.value.shape[3]
     # Everything is there twice: the next step's is fetched meanwhile.
     size = 2 * call.query.dtype.itemsize * sum(padded(128, dim) for dim in dims)
-    size += 2 * 4 * sum(dims)  # gradients
+    if not is_forward:
+        size += 2 * 4 * sum(dims)  # gradients
     mask = call.mask
     masks = (*mask.allowed, *mask.blocked, *mask.attn_bias)
     size += 2 * _tile(call) * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
     size += 2 * 4 * 128 * any(x.shape[2] == 1 for x in masks)
     size += 2 * 4 * 128 * (call.dropout is not None)
-    return min(_MOST_KEYS, _MOST_MIB * 2**20 // size)
+    return _MOST_MIB * 2**20 // size
 
 
 def part(length: int, most: int) -> int:

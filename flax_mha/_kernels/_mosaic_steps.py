@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flax_mha._kernels._mosaic_chunks import over_chunks
 from flax_mha._kernels._mosaic_tile import NN, NT, Tile
 from flax_mha._typing import Array
 
@@ -36,7 +37,7 @@ def attend(
         out = out * decay + tile.dot(value, exps.astype(value.dtype), NN)
         return new, total, out
 
-    maximum, total, out = tile.over_chunks(absorb, carry, logits)
+    maximum, total, out = over_chunks(tile, absorb, carry, logits)
     divisor = jnp.where(total == 0, 1, total) * tile.setting.kept
     return out * (1 / divisor), maximum, total
 
@@ -71,7 +72,7 @@ def pull_back(
         key = tile.key[0, 0, at]
         return d_query + tile.dot(key.T, d_logits, NN)
 
-    return tile.over_chunks(through, jnp.zeros(query.shape, jnp.float32), logits)
+    return over_chunks(tile, through, jnp.zeros(query.shape, jnp.float32), logits)
 
 
 def logits_gradient(

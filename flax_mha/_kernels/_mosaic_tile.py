@@ -2,14 +2,10 @@
 
 Logits are held transposed, (keys, queries): the maximum and the sum of a row are then
 over sublanes, and products stream head_dim rows past the probabilities. The keys of a
-span lie in the vector memory, and are visited in chunks, in a loop over groups of them.
-The logits of the next chunk are begun before the softmax of this one: of the next group
-too, but where groups are skipped.
+span lie in the vector memory, and are visited in chunks, see `_mosaic_chunks`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -44,24 +40,25 @@ class Setting:
     interpret: bool
 
     @property
-    def whole_chunks(self) -> int:
-        """How many chunks of each span are before any padding."""
+    def whole(self) -> int:
+        """How many chunks of each span are before any padding and open column."""
         sizes = self.sizes
         before = (sizes.spans - 1) * sizes.span
-        whole = max(0, self.logits[3] - before) // sizes.columns
-        return min(whole, sizes.chunks)
+        end = self.logits[3] if self.covered is None else self.covered
+        return min(max(0, end - before) // sizes.columns, sizes.chunks)
 
     @property
-    def passes(self) -> int:
-        """How often a loop over groups of chunks runs; 1 is no loop."""
-        # It knows of no padding, nor do the logits that it begins for what follows.
-        return 1 if self.sizes.skips else (self.whole_chunks - 1) // self.sizes.group
+    def groups(self) -> int:
+        """How many groups of chunks are visited in loops; all of them are whole."""
+        # Of what all see, the chunk after the loop is begun in it.
+        whole = self.whole if self.sizes.skips else self.whole - 1
+        return max(0, whole) // self.sizes.group
 
     @property
     def scratch(self) -> list[Any]:
-        """The memory where a loop keeps the logits that it has begun."""
+        """The memory where loops keep the logits that they have begun."""
         # Not by `run_scoped`, which JAX 0.12 lowers on TPU devices alone.
-        if self.passes <= 1:
+        if self.groups <= (0 if self.sizes.skips else 1):
             return []
         shape = self.sizes.group, self.sizes.columns, self.sizes.rows
         return [pltpu.VMEM(shape, jnp.float32)]
@@ -70,7 +67,7 @@ class Setting:
 class Shared(NamedTuple):
     """What forward and backward pass read alike."""
 
-    visible: Array  # (batch, all chunks) int32: whether any key of one may be seen
+    seen: Array  # (batch, 2 * spans) int32: where chunks with any such key begin, end
     # (10,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of
     # rows, and how many rows there are in all; the span of keys.
     numbers: Array
@@ -89,7 +86,7 @@ class Tile:
     setting: Setting
     place: tuple[Any, Any, Any]  # sequence, head, block of rows
     span: Any  # of keys; 0 if there is one
-    visible: Any
+    seen: Any
     numbers: Any
     query: Any
     key: Any
@@ -119,65 +116,6 @@ class Tile:
             precision=self.setting.precision if a.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         )
-
-    def over_chunks(
-        self, step: Callable, carry: Any, logits: Array | None = None
-    ) -> Any:
-        """Returns `carry` after `step(n, logits, carry)` for each chunk of keys."""
-        if self.setting.sizes.skips:
-            return self._over_seen(step, carry)
-        if self.begun is not None:
-            return self._over_groups(step, carry)
-        return self._over(range(self.setting.sizes.chunks), step, carry, logits)
-
-    def _over_seen(self, step: Callable, carry: Any) -> Any:
-        """Leaves out groups that no query sees."""
-        group, chunks = self.setting.sizes.group, self.setting.sizes.chunks
-        passes = self.setting.whole_chunks // group
-
-        def visit(first, count, carry):
-            numbers = [first + j for j in range(count)]
-            return lax.cond(
-                functools.reduce(jnp.logical_or, map(self._is_seen, numbers)),
-                lambda carry: self._over(numbers, step, carry),
-                lambda carry: carry,
-                carry,
-            )
-
-        carry = lax.fori_loop(
-            0, passes, lambda i, carry: visit(i * group, group, carry), carry
-        )
-        for first in range(passes * group, chunks, group):
-            carry = visit(first, min(group, chunks - first), carry)
-        return carry
-
-    def _over_groups(self, step: Callable, carry: Any) -> Any:
-        passes, group = self.setting.passes, self.setting.sizes.group
-
-        def visit(i, carry):
-            for j in range(group):
-                n = i * group + j
-                self.begun[(j + 1) % group] = self.logits(n + 1)
-                carry = step(n, self.begun[j], carry)
-            return carry
-
-        self.begun[0] = self.logits(0)
-        carry = lax.fori_loop(0, passes, visit, carry)
-        rest = range(passes * group, self.setting.sizes.chunks)
-        return self._over(rest, step, carry, self.begun[0])
-
-    def _over(
-        self,
-        chunks: Sequence[Any],
-        step: Callable,
-        carry: Any,
-        logits: Array | None = None,
-    ) -> Any:
-        logits = self.logits(chunks[0]) if logits is None else logits
-        for n, after in zip(chunks, [*chunks[1:], None], strict=True):
-            following = None if after is None else self.logits(after)
-            carry, logits = step(n, logits, carry), following
-        return carry
 
     def dropped(self, n: Any, *probs: Array) -> Any:
         """Returns them with zeros, for NaN too; they are not scaled up."""
@@ -212,31 +150,35 @@ class Tile:
         """Returns the number of a row that a causal mask is about."""
         return self._runs().number(row) if self.setting.mask_rows else row
 
+    def masked_rows(self) -> tuple[Any, Any]:
+        """Returns the numbers of the block's first and last row for a causal mask."""
+        first = self.place[2] * self.setting.sizes.rows
+        last = first + self.setting.sizes.rows - 1
+        return self._masked_row(first), self._masked_row(last)
+
     def _runs(self) -> Runs:
         return Runs(*(self.numbers[n] for n in range(5, 8)))
 
     def _column(self, n: Any) -> Array:
         shape = self.setting.sizes.columns, self.setting.sizes.rows
-        return lax.broadcasted_iota(jnp.int32, shape, 0) + self._first_column(n)
+        return lax.broadcasted_iota(jnp.int32, shape, 0) + self.first_column(n)
 
-    def _first_column(self, n: Any) -> Any:
+    def first_column(self, n: Any) -> Any:
         """Returns the number of a chunk's first column among all keys."""
         sizes = self.setting.sizes
         return n * sizes.columns + self.span * sizes.span
 
-    def _is_seen(self, n: Any) -> Any:
-        """Whether any query of this block may attend to a key of the chunk."""
-        setting, first = self.setting, self._first_column(n)
-        b, _, i = self.place
-        chunk = n + self.span * setting.sizes.chunks
-        seen = self.visible[b, chunk] > 0
-        if setting.covered is not None:
-            is_open = first + setting.sizes.columns > setting.covered
-            last = i * setting.sizes.rows + setting.sizes.rows - 1
-            seen &= is_open | (first <= self._masked_row(last))
-        return seen
+    def seen_chunks(self) -> tuple[Any, Any]:
+        """Returns where the span's chunks that any query may see begin and end."""
+        at = 2 * self.span
+        return self.seen[self.place[0], at], self.seen[self.place[0], at + 1]
 
-    def logits(self, n: Any) -> Array:
+    def logits(self, n: Any, *, is_crossed: bool = True) -> Array:
+        """Returns those of a chunk, masked.
+
+        Args:
+            is_crossed: Whether the causal mask, if there is one, may hide some.
+        """
         setting, at = self.setting, self.at(n)
         logits = self.dot(self.key[0, 0, at], self.query[0, 0], NN)
         for bias in self.bias:
@@ -248,17 +190,23 @@ class Tile:
                 logits = jnp.where(hidden, -jnp.inf, logits)
             else:
                 logits = logits + part.astype(jnp.float32).T
-        if setting.covered is not None:
-            row = self._masked_row(self._row(self.place[2]))
-            column = self._column(n)
-            allowed = column <= row
-            if setting.covered < setting.logits[3]:
-                allowed |= column >= setting.covered
-            logits = jnp.where(allowed, logits, -jnp.inf)
-        if isinstance(n, int) and n >= self.setting.whole_chunks:
+        if is_crossed:
+            logits = self.causal(n, logits)
+        if isinstance(n, int) and n >= setting.whole:
             exists = self._column(n) < setting.logits[3]
             logits = jnp.where(exists, logits, -jnp.inf)
         return logits
+
+    def causal(self, n: Any, logits: Array) -> Array:
+        """Returns a chunk's logits without those that the causal mask hides, if any."""
+        covered = self.setting.covered
+        if covered is None:
+            return logits
+        column = self._column(n)
+        allowed = column <= self._masked_row(self._row(self.place[2]))
+        if covered < self.setting.logits[3]:
+            allowed |= column >= covered
+        return jnp.where(allowed, logits, -jnp.inf)
 
 
 def tile_of(

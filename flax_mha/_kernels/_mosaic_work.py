@@ -66,7 +66,7 @@ class Work(NamedTuple):
         return cls(
             setting,
             Shared(
-                _visible(bias, call.logits[0], sizes),
+                _seen(bias, call.logits[0], sizes),
                 _numbers(call),
                 *laid,
                 () if dropout is None else (_column_words(dropout, sizes.src),),
@@ -119,14 +119,19 @@ def _part_of(total: Array, mask: Array) -> Array:
     return total[:, :, :tgt, :src].astype(mask.dtype)
 
 
-def _visible(bias: Array | None, batch: int, sizes: Sizes) -> Array:
-    """Returns whether any key of a chunk may be seen, (batch, chunks)."""
-    chunks = sizes.spans * sizes.chunks
+def _seen(bias: Array | None, batch: int, sizes: Sizes) -> Array:
+    """Returns where the chunks that may be seen begin and end, (batch, 2 * spans)."""
     if bias is None:
-        return jnp.ones((batch, chunks), jnp.int32)
-    parts = bias.reshape(len(bias), -1, chunks, sizes.columns)
-    seen = jnp.max(parts, axis=(1, 3)) > -jnp.inf
-    return jnp.broadcast_to(seen, (batch, chunks)).astype(jnp.int32)
+        ends = jnp.asarray([0, sizes.chunks] * sizes.spans, jnp.int32)
+        return jnp.broadcast_to(ends, (batch, len(ends)))
+    parts = bias.reshape(len(bias), -1, sizes.spans, sizes.chunks, sizes.columns)
+    seen = jnp.max(parts, axis=(1, 4)) > -jnp.inf
+    first = jnp.argmax(seen, axis=2)
+    end = sizes.chunks - jnp.argmax(seen[..., ::-1], axis=2)
+    ends = jnp.stack([first, jnp.where(jnp.any(seen, axis=2), end, 0)], 2)
+    return jnp.broadcast_to(
+        ends.reshape(len(bias), -1), (batch, 2 * sizes.spans)
+    ).astype(jnp.int32)
 
 
 def _bias_of_keys(mask: Mask, src_len: int, src: int) -> Array | None:
