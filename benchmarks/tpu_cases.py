@@ -44,7 +44,7 @@ class Case:
     def trips(self) -> tuple[float, ...]:
         """How often our kernels' loops run, for a block: over 1024 keys at a time."""
         parts = self.length // 1024
-        return {"padding": (parts / 2,), "causal": (1, (parts - 1) / 2)}[self.mask]
+        return {"padding": (parts / 2,), "causal": ((parts - 1) / 2, 1)}[self.mask]
 
     @property
     def share(self) -> float:

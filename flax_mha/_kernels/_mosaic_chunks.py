@@ -29,19 +29,17 @@ def over_chunks(
         return _in_line(tile, range(setting.sizes.chunks), step, carry, logits)
     rest = range(setting.groups * setting.sizes.group, setting.sizes.chunks)
     if setting.sizes.skips:
-        carry = _over_seen(tile, step, carry)
+        carry = _over_groups(tile, step, carry, *_bounds(tile))
         for n in rest:
             carry = _if_seen(tile, n, step, carry)
         return carry
-    tile.begun[0] = tile.logits(0)
-    visit = _visit(tile, step, following=lambda i: i + 1)
-    carry = lax.fori_loop(0, setting.groups, visit, carry)
+    carry = _over_groups(tile, step, carry, 0, setting.groups, setting.groups)
     return _in_line(tile, rest, step, carry, tile.begun[0])
 
 
 def _in_line(
     tile: Tile,
-    chunks: Sequence[int],
+    chunks: Sequence[Any],
     step: Callable,
     carry: Any,
     logits: Array | None = None,
@@ -53,52 +51,36 @@ def _in_line(
     return carry
 
 
-def _over_seen(tile: Tile, step: Callable, carry: Any) -> Any:
-    """Visits the groups of which any query may see any key."""
-    setting, group = tile.setting, tile.setting.sizes.group
-    first, crossed, end = _bounds(tile)
-    # What the causal mask crosses comes first. What is begun last there is either of
-    # another such group, and is masked before it is used, or needs no mask.
-    start = jnp.where(crossed < end, crossed, first)
-    tile.begun[0] = tile.logits(start * group)
-    if setting.covered is not None:
-        visit = _visit(tile, step, lambda i: jnp.where(i + 1 < end, i + 1, first))
+def _over_groups(
+    tile: Tile, step: Callable, carry: Any, first: Any, crossed: Any, end: Any
+) -> Any:
+    """Visits groups; the causal mask crosses those from `crossed` on."""
+    sizes = tile.setting.sizes
 
-        def mask_and_visit(i, carry):
-            @pl.when(i > crossed)
-            def _():
-                tile.begun[0] = tile.causal(i * group, tile.begun[0])
-
-            return visit(i, carry)
-
-        carry = lax.fori_loop(crossed, end, mask_and_visit, carry)
-    last = setting.groups - 1
-    visit = _visit(tile, step, lambda i: jnp.minimum(i + 1, last), is_crossed=False)
-    return lax.fori_loop(first, crossed, visit, carry)
-
-
-def _visit(
-    tile: Tile, step: Callable, following: Callable, *, is_crossed: bool = True
-) -> Callable:
-    """Returns the body of a loop over groups.
-
-    Args:
-        following: Returns which group comes after one.
-        is_crossed: Whether a causal mask may hide some of what is visited.
-    """
-    group = tile.setting.sizes.group
+    def begin(n, to=0):
+        n = jnp.minimum(n, sizes.chunks - 1)  # in vain behind the last
+        tile.begun[to] = tile.logits(n, is_crossed=False)
 
     def visit(i, carry):
-        for j in range(group):
-            n, is_last = i * group + j, j + 1 == group
-            after = following(i) * group if is_last else n + 1
-            tile.begun[(j + 1) % group] = tile.logits(
-                after, is_crossed=is_crossed and not is_last
-            )
+        for j in range(sizes.group):
+            n = i * sizes.group + j
+            begin(n + 1, to=(j + 1) % sizes.group)
             carry = step(n, tile.begun[j], carry)
         return carry
 
-    return visit
+    def cross(i, carry):
+        chunks = [i * sizes.group + j for j in range(sizes.group)]
+        logits = tile.causal(chunks[0], tile.begun[0])
+        carry = _in_line(tile, chunks, step, carry, logits)
+        # Most often, there is one such group.
+        pl.when(i + 1 < end)(lambda: begin((i + 1) * sizes.group))
+        return carry
+
+    begin(first * sizes.group)
+    carry = lax.fori_loop(first, crossed, visit, carry)
+    if tile.setting.covered is None:
+        return carry
+    return lax.fori_loop(crossed, end, cross, carry)
 
 
 def _bounds(tile: Tile) -> tuple[Any, Any, Any]:
