@@ -77,7 +77,8 @@ class Sizes:
     def group(self) -> int:
         """How many chunks are compiled together, as what a loop does."""
         size = _SKIPPED if self.skips else _GROUP // self.rows
-        return max(1, size // self.columns)
+        # Two or more: what is begun is not where the others are read.
+        return max(2, size // self.columns)
 
     @property
     def span(self) -> int:

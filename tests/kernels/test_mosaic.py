@@ -11,6 +11,7 @@ from flax_mha._call import Call
 from flax_mha._dropout import Dropout, Part
 from flax_mha._kernels import _mosaic_sizes, mosaic, reference
 from flax_mha._masks import Mask
+from flax_mha._runs import Runs
 
 BATCH, HEADS = 2, 2
 
@@ -88,16 +89,43 @@ def test_sequences_that_are_not_short_are_laid_head_by_head(monkeypatch, name):
 @pytest.mark.parametrize("name", [*AS_LONG[1:], "padding", "dead-rows"])
 def test_keys_that_do_not_fit_are_taken_in_spans(monkeypatch, name):
     monkeypatch.setattr(_mosaic_sizes, "_SHORT", 0)
-    monkeypatch.setattr(_mosaic_sizes, "_MOST_KEYS", 256)
+    monkeypatch.setattr(_mosaic_sizes, "_most_keys", lambda *_: 256)
     assert_as_defined(*CASES[name])
 
 
-@pytest.mark.parametrize("name", ["many-keys", "causal", "padding"])
+MIDDLE = jnp.asarray((np.arange(1100) < [[600], [0]]) | (np.arange(1100) >= 900))
+LOOPS = {
+    "all": CASES["many-keys"],
+    "padding": (
+        Mask(blocked=(MIDDLE[:, None, None],), open_columns=1),
+        *(130, 1100, 32, "float32", None),
+    ),
+    "causal-open-padding": (
+        Mask(is_causal=True, blocked=(MIDDLE[:, None, None],), open_columns=2),
+        *(700, 1100, 32, "float32", 0.3),
+    ),
+    "causal-of-some-rows": (
+        Mask(is_causal=True, rows=Runs(100, 900, 150)),
+        *(300, 1100, 32, "float32", None),
+    ),
+    "causal-of-late-rows": (
+        Mask(is_causal=True, rows=Runs(2000, 2130, 130)),
+        *(260, 1100, 32, "float32", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
 def test_groups_of_chunks_are_what_a_loop_does(monkeypatch, name):
-    monkeypatch.setattr(_mosaic_sizes, "_SHORT", 0)
     monkeypatch.setattr(_mosaic_sizes, "_GROUP", 2 * 256 * 128)
-    monkeypatch.setattr(_mosaic_sizes, "_SKIPPED", 256)
-    assert_as_defined(*CASES[name])
+    monkeypatch.setattr(_mosaic_sizes, "_SKIPPED", 2 * 128)
+    assert_as_defined(*LOOPS[name])
+
+
+def test_loops_of_each_span(monkeypatch):
+    monkeypatch.setattr(_mosaic_sizes, "_most_keys", lambda *_: 1024)
+    monkeypatch.setattr(_mosaic_sizes, "_SKIPPED", 2 * 128)
+    assert_as_defined(*LOOPS["causal-open-padding"])
 
 
 def test_heads_of_a_step_fill_registers_and_fit_the_vector_memory():
