@@ -22,6 +22,7 @@ LAYERS = [
     ["_kernels._blocks", "_kernels._softmax", "_kernels._cudnn_calls"],
     ["_kernels._mosaic_sizes"],
     ["_kernels._mosaic_tile"],
+    ["_kernels._mosaic_chunks"],
     ["_kernels._mosaic_steps"],
     ["_kernels._mosaic_calls"],
     ["_kernels._mosaic_flat", "_kernels._mosaic_masks"],
