@@ -31,7 +31,8 @@ class Case:
     heads: int = 8
     head_dim: int = 64
     rate: float | None = None
-    mask: str | None = None  # "float", "heads", "causal", "padding"
+    # "float", "heads", "causal", "padding" of keys, or "ragged": queries', too
+    mask: str | None = None
     grad_mask: bool = False
     whole: str | None = None  # the case without the option
 
@@ -44,12 +45,15 @@ class Case:
     def trips(self) -> tuple[float, ...]:
         """How often our kernels' loops run, for a block: over 1024 keys at a time."""
         parts = self.length // 1024
-        return {"padding": (parts / 2,), "causal": ((parts - 1) / 2, 1)}[self.mask]
+        trips = {"padding": (parts / 2,), "causal": ((parts - 1) / 2, 1)}
+        return trips.get(self.mask, (parts / 4,))
 
     @property
     def share(self) -> float:
-        """How much other kernels execute of what they can jump over."""
+        """How much of what kernels can jump over they execute, beside such loops."""
         parts = self.length // 1024
+        if self.grad_mask:  # on the first and the last visit of its blocks
+            return 1 / (self.batch * self.heads)
         shares = {"padding": 0.5, "causal": (parts + 1) / (2 * parts or 1)}
         return shares.get(self.mask, 1.0)
 
@@ -65,6 +69,7 @@ CASES = {
     "float mask, its gradient": Case(OURS, mask="float", grad_mask=True, whole="none"),
     "mask per head": Case(OURS, mask="heads", whole="none"),
     "half padding": Case(ALL[:2], mask="padding", whole="none"),
+    "half ragged": Case(ALL[:1], mask="ragged", whole="none"),
     "8192": Case(ALL[:2], batch=1, length=8192),
     "8192 causal": Case(ALL[:2], batch=1, length=8192, mask="causal", whole="8192"),
     "197": Case(ALL, batch=64, length=197, heads=12),
@@ -80,7 +85,7 @@ def attention(case: Case, kernel: str) -> tuple[Callable, list[Any]]:
         return lambda q, k, v: _splash(case, q, k, v), args
     if case.mask in ("float", "heads"):
         args.append(jax.ShapeDtypeStruct(case.mask_shape, jnp.float32))
-    elif case.mask == "padding":
+    elif case.mask in ("padding", "ragged"):
         shape = case.batch, 1, 1, case.length
         args.append(jax.ShapeDtypeStruct(shape, jnp.bool))
     if case.rate:
@@ -91,8 +96,11 @@ def attention(case: Case, kernel: str) -> tuple[Callable, list[Any]]:
         if case.mask in ("float", "heads"):
             bias = more[0] if case.grad_mask else jax.lax.stop_gradient(more[0])
             mask = Mask(attn_bias=(bias,))
-        elif case.mask == "padding":
+        elif case.mask in ("padding", "ragged"):
             mask = Mask(blocked=(more[0],))
+        if case.mask == "ragged":
+            half = jnp.full(case.batch, case.length // 2)
+            mask = dataclasses.replace(mask, tgt_lens=half)
         if case.rate:
             dropout = Dropout(more[-1], case.rate)
         scale = jnp.float32(case.head_dim**-0.5)

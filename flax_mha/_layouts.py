@@ -130,11 +130,12 @@ class Ragged(Places):
                 is_padding &= keys.lengths[:, None] > 0
             blocked = (*mask.blocked, is_padding[:, None, None])
             mask = dataclasses.replace(mask, blocked=blocked)
+        queries = self._queries(call.query)
         padded = call._replace(
-            query=self._queries(call.query).to_padded(),
+            query=queries.to_padded(),
             key=keys.to_padded(),
             value=self._keys(call.value).to_padded(),
-            mask=mask,
+            mask=dataclasses.replace(mask, tgt_lens=queries.lengths),
         )
         return Padded().padded(padded)
 

@@ -31,6 +31,8 @@ class Mask:
     is_causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
     # Which of all queries these are, for is_causal, where these are divided; None: all.
     rows: Runs | None = None
+    # (batch,) int32: what comes of later queries is left out, and need not be computed.
+    tgt_lens: Array | None = None
     # The last columns of the keys that no mask covers, is_causal included: always open.
     open_columns: int = dataclasses.field(default=0, metadata=dict(static=True))
 

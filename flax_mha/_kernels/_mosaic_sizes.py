@@ -94,7 +94,8 @@ class Sizes:
 def _skips(call: Call) -> bool:
     mask = call.mask
     masks = *mask.allowed, *mask.blocked, *mask.attn_bias
-    return mask.is_causal or any(x.shape[2] == 1 for x in masks)
+    is_short = mask.is_causal or mask.tgt_lens is not None
+    return is_short or any(x.shape[2] == 1 for x in masks)
 
 
 def _heads_of_step(call: Call) -> int:

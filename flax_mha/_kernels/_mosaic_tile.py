@@ -67,7 +67,9 @@ class Setting:
 class Shared(NamedTuple):
     """What forward and backward pass read alike."""
 
-    seen: Array  # (batch, 2 * spans) int32: where chunks with any such key begin, end
+    # (batch, 1 + 2 * spans) int32: how many queries there are; where chunks of keys
+    # that any may see begin and end.
+    seen: Array
     # (10,) int32: two seeds; first sequence, first head, heads of all; the `Runs` of
     # rows, and how many rows there are in all; the span of keys.
     numbers: Array
@@ -169,9 +171,10 @@ class Tile:
         return n * sizes.columns + self.span * sizes.span
 
     def seen_chunks(self) -> tuple[Any, Any]:
-        """Returns where the span's chunks that any query may see begin and end."""
-        at = 2 * self.span
-        return self.seen[self.place[0], at], self.seen[self.place[0], at + 1]
+        """Returns where the span's chunks that the block may see begin and end."""
+        (b, _, i), at = self.place, 1 + 2 * self.span
+        is_padding = i * self.setting.sizes.rows >= self.seen[b, 0]
+        return self.seen[b, at], jnp.where(is_padding, 0, self.seen[b, at + 1])
 
     def logits(self, n: Any, *, is_crossed: bool = True) -> Array:
         """Returns those of a chunk, masked.

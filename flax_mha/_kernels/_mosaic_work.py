@@ -66,7 +66,7 @@ class Work(NamedTuple):
         return cls(
             setting,
             Shared(
-                _seen(bias, call.logits[0], sizes),
+                _seen(call, bias, sizes),
                 _numbers(call),
                 *laid,
                 () if dropout is None else (_column_words(dropout, sizes.src),),
@@ -119,19 +119,23 @@ def _part_of(total: Array, mask: Array) -> Array:
     return total[:, :, :tgt, :src].astype(mask.dtype)
 
 
-def _seen(bias: Array | None, batch: int, sizes: Sizes) -> Array:
-    """Returns where the chunks that may be seen begin and end, (batch, 2 * spans)."""
-    if bias is None:
-        ends = jnp.asarray([0, sizes.chunks] * sizes.spans, jnp.int32)
-        return jnp.broadcast_to(ends, (batch, len(ends)))
-    parts = bias.reshape(len(bias), -1, sizes.spans, sizes.chunks, sizes.columns)
-    seen = jnp.max(parts, axis=(1, 4)) > -jnp.inf
-    first = jnp.argmax(seen, axis=2)
-    end = sizes.chunks - jnp.argmax(seen[..., ::-1], axis=2)
-    ends = jnp.stack([first, jnp.where(jnp.any(seen, axis=2), end, 0)], 2)
-    return jnp.broadcast_to(
-        ends.reshape(len(bias), -1), (batch, 2 * sizes.spans)
-    ).astype(jnp.int32)
+def _seen(call: Call, bias: Array | None, sizes: Sizes) -> Array:
+    """Returns what `Shared.seen` is."""
+    batch, _, tgt_len, _ = call.logits
+    rows = (
+        jnp.full(batch, tgt_len) if call.mask.tgt_lens is None else call.mask.tgt_lens
+    )
+    first, end = jnp.zeros((1, sizes.spans), int), sizes.chunks
+    if bias is not None:
+        parts = bias.reshape(*bias.shape[:2], sizes.spans, sizes.chunks, sizes.columns)
+        is_seen = jnp.max(parts, axis=(1, 4)) > -jnp.inf
+        first = jnp.argmax(is_seen, axis=2)
+        end -= jnp.argmax(is_seen[..., ::-1], axis=2)
+        end = jnp.where(jnp.any(is_seen, axis=2), end, 0)
+    ends = jnp.stack([first, jnp.broadcast_to(end, first.shape)], axis=2)
+    ends = jnp.broadcast_to(ends.reshape(len(ends), -1), (batch, 2 * sizes.spans))
+    parts = rows[:, None], ends
+    return jnp.concatenate([x.astype(jnp.int32) for x in parts], axis=1)
 
 
 def _bias_of_keys(mask: Mask, src_len: int, src: int) -> Array | None:

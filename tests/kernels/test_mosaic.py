@@ -122,6 +122,30 @@ def test_groups_of_chunks_are_what_a_loop_does(monkeypatch, name):
     assert_as_defined(*LOOPS[name])
 
 
+def test_blocks_of_padding_are_jumped_over(monkeypatch):
+    monkeypatch.setattr(_mosaic_sizes, "_SKIPPED", 2 * 128)
+    lens = np.array([300, 900], np.int32)
+    q, k, v, d_out = (normal(BATCH, 900, HEADS, 32) + n for n in range(4))
+    is_padding = np.arange(900) >= lens[:, None]
+    d_out = jnp.where(is_padding[..., None, None], 0, d_out)
+    mask = Mask(blocked=(jnp.asarray(is_padding[:, None, None]),), is_causal=True)
+    shorter = dataclasses.replace(mask, tgt_lens=jnp.asarray(lens))
+
+    @jax.jit
+    def both(mask, q):
+        call = Call(q, k, v, mask, jnp.float32(0.1))
+        out, lse = mosaic.forward(call, interpret=True)
+        return out, *mosaic.backward(call, out, lse, d_out, interpret=True)
+
+    want, *gradients = both(mask, q)
+    # What nobody reads in the blocks of 256 queries that are padding.
+    got, *others = both(shorter, q.at[0, 512:].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, others[1:3], gradients[1:3])
+    np.testing.assert_array_equal(got[0, :300], want[0, :300])
+    np.testing.assert_array_equal(got[0, 512:], 0)
+    np.testing.assert_array_equal(got[1], want[1])
+
+
 def test_loops_of_each_span(monkeypatch):
     monkeypatch.setattr(_mosaic_sizes, "_most_keys", lambda *_: 1024)
     monkeypatch.setattr(_mosaic_sizes, "_SKIPPED", 2 * 128)
