@@ -37,7 +37,7 @@ LAYERS = [
     ["_heads_first", "_ring"],
     ["_dispatch", "_explain"],
     ["_sequences"],
-    ["_cached_sequences"],
+    ["_bare_sequences", "_cached_sequences"],
     ["_attention"],
     ["linen", "nnx", "functional"],
     ["convert._processes", "convert._arguments"],
