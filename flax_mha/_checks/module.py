@@ -49,8 +49,9 @@ def drops_out(
         return False
     if deterministic is None:
         raise ValueError(
-            "deterministic must be given, to the constructor or the call, if "
-            f"dropout={rate}: False in training, True otherwise; got None."
+            "deterministic must be given, to the constructor or the call, or by nnx's "
+            f"train() or eval(), if dropout={rate}: False in training, True otherwise; "
+            "got None."
         )
     if not deterministic and not has_rng:
         raise ValueError(
