@@ -37,20 +37,18 @@ def of_layer(
     key: Sequences,
     value: Sequences,
     masks: TorchMasks,
+    static_k: ArrayLike | None,
+    static_v: ArrayLike | None,
     *,
     num_heads: int,
     features: tuple[int, int, int],
-    extra: int,
     batch_first: bool,
-    static_k: ArrayLike | None,
-    static_v: ArrayLike | None,
 ) -> "PaddedSequences | StaticSequences | RaggedSequences":
     """Checks a call of multi-head attention, and returns its sequences.
 
     Args:
-        features: Of query, key and value, as the projections want them.
-        extra: How many keys will follow the others.
         static_k, static_v: What replaces the projected key and value.
+        features: Of query, key and value, as the projections want them.
     """
     arguments.python_bools(is_causal=masks.is_causal)
     statics: dict[str, Any] = dict(static_k=static_k, static_v=static_v)
@@ -58,8 +56,6 @@ def of_layer(
     is_ragged = any(isinstance(x, RaggedArray) for x in inputs[:3])
     if is_ragged:
         call_checks.call(*inputs, masks.attn_mask, **statics)
-        if masks.is_replaced:
-            call_checks.no_hint_over(extra, masks.attn_mask)
     layer.call(
         *(map(_with_padding, inputs) if is_ragged else inputs),
         attn_mask=masks.attn_mask,
@@ -163,6 +159,8 @@ class RaggedSequences:
 
     def mask(self, extra: Extra | None) -> Mask:
         masks = self.masks
+        if masks.is_replaced and extra is not None:
+            raise call_checks.hint_over_extra(masks.attn_mask)
         if masks.key_padding_mask is not None:
             padded = masks.key_padding_mask.to_padded()
             masks = masks._replace(key_padding_mask=padded)

@@ -79,10 +79,9 @@ def _padding_of(key: Any, key_padding_mask: Any) -> None:
         )
 
 
-def no_hint_over(extra: int, attn_mask: Any) -> None:
-    if extra:
-        raise ValueError(
-            "attn_mask must be None if is_causal=True, need_weights=False, inputs are "
-            "RaggedArrays and add_bias_kv or add_zero_attn append keys: PyTorch would "
-            f"lay the causal mask over these too. Got shape {attn_mask.shape}."
-        )
+def hint_over_extra(attn_mask: Any) -> ValueError:
+    return ValueError(
+        "attn_mask must be None if is_causal=True, need_weights=False, inputs are "
+        "RaggedArrays and add_bias_kv or add_zero_attn append keys: PyTorch would "
+        f"lay the causal mask over these too. Got shape {attn_mask.shape}."
+    )
