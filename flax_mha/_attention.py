@@ -83,10 +83,13 @@ def multi_head_attention(
     """
     wanted = _wanted_weights(need_weights, average_attn_weights)
     masks = TorchMasks(key_padding_mask, attn_mask, is_causal, need_weights)
-    options = dict(_sizes(params, add_zero_attn), batch_first=batch_first)
+    sizes = dict(_sizes(params), batch_first=batch_first)
+    call = query, key, value, masks
+    sequences: Any  # of either kind
     if cache is None:
-        options |= dict(static_k=static_k, static_v=static_v)
-    sequences = _checked(query, key, value, masks, cache, dropout, options)
+        sequences = _sequences.of_layer(*call, static_k, static_v, **sizes)
+    else:
+        sequences = _cached_sequences.of_layer(*call, cache, dropout, **sizes)
     tokens = sequences.tokens()
     params = _promoted(params, tokens, dtype)
     q, k, v = _project(params, *tokens, precision=precision)
@@ -102,14 +105,6 @@ def multi_head_attention(
     out_proj = out_proj or functools.partial(_project_out, params, precision)
     out = checkpoint_name(out_proj(attended), "out_proj")
     return sequences.result(out, weights, keys)
-
-
-def _checked(query, key, value, masks, cache, dropout, options) -> Any:
-    """Checks a call, and returns its sequences."""
-    if cache is None:
-        return _sequences.of_layer(query, key, value, masks, **options)
-    options |= dict(dropout=dropout)
-    return _cached_sequences.of_layer(query, key, value, masks, cache, **options)
 
 
 def _promoted(params: Params, tokens: Any, dtype: DType | None) -> Params:
@@ -144,18 +139,13 @@ def _wanted_weights(need_weights: bool, average_attn_weights: bool) -> Weighting
     return "mean" if average_attn_weights else "heads"
 
 
-def _sizes(params: Params, add_zero_attn: bool) -> dict[str, Any]:
+def _sizes(params: Params) -> dict[str, Any]:
     """Returns what the parameters say of the sequences that they are for."""
     num_heads, head_dim = params["out_proj.weight"].shape[1:]
     embed_dim = num_heads * head_dim
     names = ("in_proj_weight",) * 3 if "in_proj_weight" in params else SEPARATE_WEIGHTS
     _, kdim, vdim = (params[name].shape[-1] for name in names)
-    extra = params["bias_k"].size // embed_dim if "bias_k" in params else 0
-    return dict(
-        num_heads=num_heads,
-        features=(embed_dim, kdim, vdim),
-        extra=extra + add_zero_attn,
-    )
+    return dict(num_heads=num_heads, features=(embed_dim, kdim, vdim))
 
 
 @jax.named_scope("in_proj")

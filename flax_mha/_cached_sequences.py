@@ -41,12 +41,11 @@ def of_layer(
     value: Sequences | None,
     masks: TorchMasks,
     cache: KeyValueCache,
+    dropout: Dropout | None,
     *,
     num_heads: int,
     features: tuple[int, int, int],
-    extra: int,
     batch_first: bool,
-    dropout: Dropout | None,
 ) -> "CachedSequences":
     """Checks a call of multi-head attention with a cache; returns its sequences."""
     arguments.python_bools(is_causal=masks.is_causal)

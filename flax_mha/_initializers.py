@@ -9,32 +9,30 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from flax_mha._checks import arguments
-from flax_mha._params import Kind, ParamSpec
+from flax_mha._params import Kind, ParamSpec, parameter_table
 
 
-def with_initializers(
-    table: dict[str, ParamSpec], inits: Mapping[Kind, Initializer | None]
+def table_of(
+    module: Any, inits: Mapping[Kind, Initializer | None]
 ) -> dict[str, ParamSpec]:
-    """Returns the table with those that are not None in place of PyTorch's."""
-    drawn = {name: given(inits, spec.kind) for name, spec in table.items()}
-    return {
-        name: spec
-        if (init := drawn[name]) is None
-        else dataclasses.replace(spec, init=_drawn_by(init, spec))
-        for name, spec in table.items()
-    }
+    """Returns a module's parameters, with `inits` that are given in place of PyTorch's.
 
-
-def by_kind(
-    kernel: Any, out_kernel: Any, bias: Any, out_bias: Any, bias_kv: Any
-) -> dict[Kind, Any]:
-    return {
-        "kernel": kernel,
-        "out_kernel": out_kernel,
-        "bias": bias,
-        "out_bias": out_bias,
-        "bias_kv": bias_kv,
-    }
+    Args:
+        module: Has PyTorch's arguments as its attributes.
+    """
+    table = parameter_table(
+        module.embed_dim,
+        module.num_heads,
+        kdim=module.kdim,
+        vdim=module.vdim,
+        bias=module.bias,
+        add_bias_kv=module.add_bias_kv,
+    )
+    for name, spec in table.items():
+        init = given(inits, spec.kind)
+        if init is not None:
+            table[name] = dataclasses.replace(spec, init=_drawn_by(init, spec))
+    return table
 
 
 def given(options: Mapping[Kind, Any], kind: Kind) -> Any:

@@ -143,6 +143,11 @@ class TorchMasks(NamedTuple):
         )
 
 
+def is_padding(mask: MaskArray) -> bool:
+    """Whether `mask` is the same for all queries."""
+    return mask.shape[2] == 1
+
+
 def merge(
     attn_mask: ArrayLike | None,
     key_padding_mask: ArrayLike | None,

@@ -1,21 +1,19 @@
 """How the sequences of a call lie, as its caller gave them. Nobody else asks.
 
-`of_layer` and `of_function` check a call, and return its sequences: those of the layer,
-with features, or those of PyTorch's bare attention, split into heads. Each kind has its
-`layout` for `_dispatch`, the arrays that lie so, and `result`, which gives the caller
-what lies as the query. Another way to lie is another class; for those of a call with a
-cache, see `_cached_sequences`.
+`of_layer` checks a call, and returns its sequences. Each kind has the arrays to compute
+with, their `layout` for `_dispatch`, and `result`, which gives the caller what lies as
+the query. Another way to lie is another class; those of a call with a cache are in
+`_cached_sequences`, and those that are split into heads already in `_bare_sequences`.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flax_mha._checks import arguments, functional, layer
+from flax_mha._checks import arguments, layer
 from flax_mha._heads_first import HeadsFirst
 from flax_mha._layouts import Padded, Ragged
 from flax_mha._masks import Mask, TorchMasks
@@ -27,7 +25,6 @@ from flax_mha._typing import (
     ArrayLike,
     Extra,
     KeyHeads,
-    MaskArray,
     Sequences,
     ValueHeads,
 )
@@ -40,20 +37,18 @@ def of_layer(
     key: Sequences,
     value: Sequences,
     masks: TorchMasks,
+    static_k: ArrayLike | None,
+    static_v: ArrayLike | None,
     *,
     num_heads: int,
     features: tuple[int, int, int],
-    extra: int,
     batch_first: bool,
-    static_k: ArrayLike | None,
-    static_v: ArrayLike | None,
 ) -> "PaddedSequences | StaticSequences | RaggedSequences":
     """Checks a call of multi-head attention, and returns its sequences.
 
     Args:
-        features: Of query, key and value, as the projections want them.
-        extra: How many keys will follow the others.
         static_k, static_v: What replaces the projected key and value.
+        features: Of query, key and value, as the projections want them.
     """
     arguments.python_bools(is_causal=masks.is_causal)
     statics: dict[str, Any] = dict(static_k=static_k, static_v=static_v)
@@ -61,8 +56,6 @@ def of_layer(
     is_ragged = any(isinstance(x, RaggedArray) for x in inputs[:3])
     if is_ragged:
         call_checks.call(*inputs, masks.attn_mask, **statics)
-        if masks.is_replaced:
-            call_checks.no_hint_over(extra, masks.attn_mask)
     layer.call(
         *(map(_with_padding, inputs) if is_ragged else inputs),
         attn_mask=masks.attn_mask,
@@ -166,6 +159,8 @@ class RaggedSequences:
 
     def mask(self, extra: Extra | None) -> Mask:
         masks = self.masks
+        if masks.is_replaced and extra is not None:
+            raise call_checks.hint_over_extra(masks.attn_mask)
         if masks.key_padding_mask is not None:
             padded = masks.key_padding_mask.to_padded()
             masks = masks._replace(key_padding_mask=padded)
@@ -176,105 +171,6 @@ class RaggedSequences:
         self, out: Array, weights: Array | None, keys: Keys
     ) -> tuple[RaggedArray, Array | None]:
         return self.query.map(lambda _: out[0]).only_tokens(), weights
-
-
-def of_function(
-    query: Sequences,
-    key: Sequences,
-    value: Sequences,
-    attn_mask: ArrayLike | None,
-    *,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> "PaddedHeads | RaggedHeads":
-    """Checks a call of `scaled_dot_product_attention`, and returns its sequences."""
-    inputs = query, key, value
-    is_ragged = any(isinstance(x, RaggedArray) for x in inputs)
-    if is_ragged:
-        call_checks.call(*inputs, attn_mask=attn_mask, values_ndim=3)
-    stand_ins: Any = map(_heads_first, inputs) if is_ragged else inputs
-    leading = functional.scaled_dot_product(
-        *stand_ins,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-    )
-    if is_ragged:
-        return RaggedHeads(*inputs, leading[-1], enable_gqa)
-    return PaddedHeads(*inputs, leading, enable_gqa)
-
-
-@dataclasses.dataclass(frozen=True)
-class PaddedHeads:
-    """Arrays (..., heads, length, dim), whose leading axes broadcast."""
-
-    query: ArrayLike
-    key: ArrayLike
-    value: ArrayLike
-    leading: tuple[int, ...]  # as they are broadcast
-    enable_gqa: bool
-    layout: ClassVar = Padded()
-
-    def heads(self) -> _Three:
-        """Returns queries, keys and values, (batch, length, heads, dim).
-
-        Of grouped queries, keys and values have the heads that they came with.
-        """
-        *outer, heads = self.leading or (1,)
-        arrays = self.query, self.key, self.value
-        dtype = jnp.result_type(*arrays)
-
-        def four_axes(x):
-            own = x.shape[-3] if self.enable_gqa else heads
-            x = jnp.asarray(x, dtype)
-            if self.leading:
-                x = jnp.broadcast_to(x, (*outer, own, *x.shape[-2:]))
-            x = x.reshape(math.prod(outer), own, *x.shape[-2:])
-            return x.swapaxes(1, 2)
-
-        return each(four_axes, arrays)
-
-    def mask(self, attn_mask: ArrayLike | None, is_causal: bool) -> Mask:
-        outer = (self.leading or (1,))[:-1]
-        return _mask(attn_mask, is_causal, outer, self.key.shape[-2])
-
-    def result(self, out: Array) -> Array:
-        tgt_len, value_dim = self.query.shape[-2], self.value.shape[-1]
-        return out.swapaxes(1, 2).reshape(*self.leading, tgt_len, value_dim)
-
-
-@dataclasses.dataclass(frozen=True)
-class RaggedHeads:
-    """`RaggedArray`s of values (capacity, heads, dim)."""
-
-    query: RaggedArray
-    key: RaggedArray
-    value: RaggedArray
-    num_heads: int
-    enable_gqa: bool
-
-    @property
-    def layout(self) -> Ragged:
-        return Ragged.of(self.query, self.key)
-
-    def heads(self) -> _Three:
-        """As that of `PaddedHeads`, (1, capacity, heads, dim)."""
-        inputs = self.query, self.key, self.value
-        dtype = jnp.result_type(*(x.values for x in inputs))
-        read = reader(*inputs)
-
-        def heads(x):
-            x = jnp.asarray(read(x), dtype)
-            own = x.shape[1] if self.enable_gqa else self.num_heads
-            return jnp.broadcast_to(x, (x.shape[0], own, x.shape[2]))[None]
-
-        return each(heads, inputs)
-
-    def mask(self, attn_mask: ArrayLike | None, is_causal: bool) -> Mask:
-        return _mask(attn_mask, is_causal, (len(self.query),), self.key.max_len)
-
-    def result(self, out: Array) -> RaggedArray:
-        return self.query.map(lambda _: out[0])
 
 
 def each(
@@ -302,32 +198,3 @@ def reader(
 def _with_padding(x: Any) -> Any:
     """Returns what has the shape that a `RaggedArray` has with padding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, RaggedArray) else x
-
-
-def _heads_first(x: RaggedArray) -> jax.ShapeDtypeStruct:
-    """Returns what has the shape that PyTorch's function would be given."""
-    batch, length, heads, dim = x.shape
-    return jax.ShapeDtypeStruct((batch, heads, length, dim), x.dtype)
-
-
-def _mask(
-    attn_mask: ArrayLike | None, is_causal: bool, outer: Sequence[int], src_len: int
-) -> Mask:
-    """Returns the `Mask` of a function's mask, where True may attend."""
-    if attn_mask is None:
-        return Mask(is_causal=is_causal)
-    mask = _four_mask_axes(jnp.asarray(attn_mask), outer, src_len)
-    return Mask(allowed=(mask,)) if mask.dtype == jnp.bool_ else Mask(attn_bias=(mask,))
-
-
-def _four_mask_axes(mask: Array, outer: Sequence[int], src_len: int) -> MaskArray:
-    """Reshapes to (#batch, #heads, #tgt, src), broadcasting no more than it must."""
-    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], src_len))
-    *lead, tgt_len, _ = mask.shape
-    lead = [1] * (len(outer) + 1 - len(lead)) + lead
-    mask_outer, heads = lead[:-1], lead[-1]
-    if math.prod(mask_outer) != 1:
-        mask_outer = outer
-        shape = (*outer, heads, tgt_len, src_len)
-        mask = jnp.broadcast_to(mask.reshape(*lead, tgt_len, src_len), shape)
-    return mask.reshape(math.prod(mask_outer), heads, tgt_len, src_len)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flax_mha import _dispatch, _sequences
+from flax_mha import _bare_sequences, _dispatch
 from flax_mha._attention import multi_head_attention
 from flax_mha._cache import KeyValueCache
 from flax_mha._call import Call
@@ -185,7 +185,7 @@ def scaled_dot_product_attention(
     arguments.precision(precision)
     if scale is not None:
         arguments.scalar("scale", scale)
-    sequences = _sequences.of_function(
+    sequences = _bare_sequences.of_function(
         *(query, key, value, attn_mask), is_causal=is_causal, enable_gqa=enable_gqa
     )
     if scale is None:

@@ -15,8 +15,8 @@ from flax_mha._checks import arguments, layer
 from flax_mha._checks import cache as cache_checks
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
-from flax_mha._initializers import by_kind, with_initializers
-from flax_mha._params import ParamSpec, parameter_table
+from flax_mha._initializers import table_of
+from flax_mha._params import Kind, ParamSpec
 from flax_mha._ragged.array import RaggedArray
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
@@ -103,13 +103,7 @@ class MultiheadAttention(nn.Module):
     def __post_init__(self):
         checks.constructor(self, self.device)
         arguments.python_bools(logical_axes=self.logical_axes)
-        checks.initializers(
-            kernel_init=self.kernel_init,
-            out_kernel_init=self.out_kernel_init,
-            bias_init=self.bias_init,
-            out_bias_init=self.out_bias_init,
-            bias_kv_init=self.bias_kv_init,
-        )
+        checks.initializers(_inits(self))
         super().__post_init__()
 
     @property
@@ -262,22 +256,7 @@ class MultiheadAttention(nn.Module):
         return None
 
     def _table(self) -> dict[str, ParamSpec]:
-        table = parameter_table(
-            self.embed_dim,
-            self.num_heads,
-            kdim=self.kdim,
-            vdim=self.vdim,
-            bias=self.bias,
-            add_bias_kv=self.add_bias_kv,
-        )
-        inits = by_kind(
-            self.kernel_init,
-            self.out_kernel_init,
-            self.bias_init,
-            self.out_bias_init,
-            self.bias_kv_init,
-        )
-        table = with_initializers(table, inits)
+        table = table_of(self, _inits(self))
         if not self.logical_axes:
             return table
         return {
@@ -286,19 +265,9 @@ class MultiheadAttention(nn.Module):
         }
 
     def _dropout(self, deterministic: bool | None) -> Dropout | None:
-        if deterministic is not None:
-            arguments.python_bools(deterministic=deterministic)
-        if self.dropout == 0:
-            return None
-        if deterministic is None:
-            deterministic = self.deterministic
-        checks.dropout_call(
-            self.dropout,
-            deterministic,
-            has_rng=self.has_rng("dropout") or self.has_rng("params"),
-            how='apply(..., rngs={"dropout": key})',
-        )
-        if deterministic:
+        has_rng = self.has_rng("dropout") or self.has_rng("params")
+        how = 'apply(..., rngs={"dropout": key})'
+        if not checks.drops_out(self, deterministic, has_rng=has_rng, how=how):
             return None
         return Dropout.from_rng(self.make_rng("dropout"), self.dropout)
 
@@ -315,6 +284,16 @@ class _OutProjection(nn.Module):
     def __call__(self, attended: OutHeads) -> Array:
         weight, bias = self.params["weight"], self.params.get("bias")
         return project_out(attended, weight, bias, self.precision)
+
+
+def _inits(module: MultiheadAttention) -> dict[Kind, Initializer | None]:
+    return {
+        "kernel": module.kernel_init,
+        "out_kernel": module.out_kernel_init,
+        "bias": module.bias_init,
+        "out_bias": module.out_bias_init,
+        "bias_kv": module.bias_kv_init,
+    }
 
 
 def _declare(module: nn.Module, specs: dict[str, ParamSpec]) -> dict[str, Array]:

@@ -16,9 +16,9 @@ from flax_mha._checks import arguments, layer
 from flax_mha._checks import cache as cache_checks
 from flax_mha._checks import module as checks
 from flax_mha._dropout import Dropout
-from flax_mha._initializers import by_kind, given, with_initializers
+from flax_mha._initializers import given, table_of
 from flax_mha._mesh import place_by_names
-from flax_mha._params import Kind, parameter_table
+from flax_mha._params import Kind
 from flax_mha._typing import Array, ArrayLike, DType, OutHeads, Precision, Sequences
 
 __all__ = ["MultiheadAttention"]
@@ -124,23 +124,22 @@ class MultiheadAttention(nnx.Module):
             )
         keeps_rngs = keep_rngs and dropout > 0
         checks.streams(rngs, "params", *["dropout"] * keeps_rngs)
-        inits = dict(
-            kernel_init=kernel_init,
-            out_kernel_init=out_kernel_init,
-            bias_init=bias_init,
-            out_bias_init=out_bias_init,
-            bias_kv_init=bias_kv_init,
-        )
-        metadata = dict(
-            kernel_metadata=kernel_metadata,
-            out_kernel_metadata=out_kernel_metadata,
-            bias_metadata=bias_metadata,
-            out_bias_metadata=out_bias_metadata,
-            bias_kv_metadata=bias_kv_metadata,
-        )
-        checks.initializers(**inits)
-        checks.metadata(**metadata)
-        inits, metadata = (by_kind(*x.values()) for x in (inits, metadata))
+        inits: dict[Kind, Initializer | None] = {
+            "kernel": kernel_init,
+            "out_kernel": out_kernel_init,
+            "bias": bias_init,
+            "out_bias": out_bias_init,
+            "bias_kv": bias_kv_init,
+        }
+        metadata: dict[Kind, Metadata | None] = {
+            "kernel": kernel_metadata,
+            "out_kernel": out_kernel_metadata,
+            "bias": bias_metadata,
+            "out_bias": out_bias_metadata,
+            "bias_kv": bias_kv_metadata,
+        }
+        checks.initializers(inits)
+        checks.metadata(metadata)
         self._declare(inits, metadata, device, rngs)
         forked = rngs.dropout.fork() if keeps_rngs else None
         self.rngs = nnx.data(forked)
@@ -268,16 +267,8 @@ class MultiheadAttention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         """Makes the parameters."""
-        table = parameter_table(
-            self.embed_dim,
-            self.num_heads,
-            kdim=self.kdim,
-            vdim=self.vdim,
-            bias=self.bias,
-            add_bias_kv=self.add_bias_kv,
-        )
         params: dict[str, nnx.Param] = {}
-        for name, spec in with_initializers(table, inits).items():
+        for name, spec in table_of(self, inits).items():
             value = spec.init(rngs.params(), spec.shape, self.param_dtype)
             own = given(metadata, spec.kind) or {}
             params[name] = _param(value, spec.axes, own, device)
@@ -302,25 +293,14 @@ class MultiheadAttention(nnx.Module):
     def _dropout(
         self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | Array | None
     ) -> Dropout | None:
-        if deterministic is not None:
-            arguments.python_bools(deterministic=deterministic)
-        if self.dropout == 0:
-            return None
-        if deterministic is None:
-            deterministic = self.deterministic
         rngs = self.rngs if rngs is None else rngs
-        checks.dropout_call(
-            self.dropout,
-            deterministic,
-            has_rng=rngs is not None,
-            how="mha(..., rngs=nnx.Rngs(dropout=0))",
-        )
-        if deterministic or rngs is None:
+        has_rng, how = rngs is not None, "mha(..., rngs=nnx.Rngs(dropout=0))"
+        if not checks.drops_out(self, deterministic, has_rng=has_rng, how=how):
             return None
         if isinstance(rngs, nnx.Rngs):
             checks.streams(rngs, "dropout")
             rngs = rngs.dropout
-        rng = rngs() if isinstance(rngs, nnx.RngStream) else rngs
+        rng: Any = rngs() if isinstance(rngs, nnx.RngStream) else rngs
         what = "an nnx.Rngs, a stream of one, or a JAX random key"
         arguments.random_key("rngs", rng, what)
         return Dropout.from_rng(rng, self.dropout)

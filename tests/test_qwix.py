@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from flax_mha import MultiheadAttention
 from flax_mha import nnx as flax_mha_nnx
+from tests.defaults import jax_defaults
 
 # Of what Qwix uses of Flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -33,11 +34,7 @@ RULES = [qwix.QuantizationRule(weight_qtype=jnp.int8, act_qtype=jnp.int8)]
 
 @pytest.fixture(autouse=True)
 def _as_qwix_has_it():
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with jax_defaults():
         yield
 
 

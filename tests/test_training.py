@@ -10,6 +10,7 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 from flax_mha import MultiheadAttention, convert, training
 from flax_mha import nnx as flax_mha_nnx
+from tests.defaults import jax_promotion
 
 E, H = 256, 2
 
@@ -54,7 +55,7 @@ def two_updates(optimizer, params, grads):
         _, state = optimizer.update(grads, optimizer.init(params), params)
         return optimizer.update(grads, state, params)[0]
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_promotion():
         return second(params, grads)
 
 
@@ -171,7 +172,7 @@ def test_nnx_optimizers_take_them():
     x = jnp.ones((3, E), jnp.float32)
     before = nnx.to_pure_dict(nnx.state(nnx.clone(mha), nnx.Param))
     grads = nnx.grad(lambda mha: jnp.sum(mha(x, x, x)[0] ** 2))(mha)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_promotion():
         optimizer.update(mha, grads)
         after = nnx.to_pure_dict(nnx.state(mha, nnx.Param))
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, after)

@@ -7,6 +7,7 @@ import jax
 
 from flax_mha._checks import arguments, layer
 from flax_mha._kernels import KERNELS
+from flax_mha._params import Kind
 
 
 def constructor(module: Any, device: Any) -> None:
@@ -30,38 +31,46 @@ def constructor(module: Any, device: Any) -> None:
         )
 
 
-def dropout_call(
-    rate: float, deterministic: bool | None, *, has_rng: bool, how: str
-) -> None:
-    """Checks what a call of a module with dropout needs.
+def drops_out(
+    module: Any, deterministic: bool | None, *, has_rng: bool, how: str
+) -> bool:
+    """Returns whether a call has dropout, after checking what it needs for that.
 
     Args:
+        deterministic: What the call says; goes before what the module says.
         how: To give the rng, in the words of the module's framework.
     """
     if deterministic is None:
+        deterministic = module.deterministic
+    if deterministic is not None:
+        arguments.python_bools(deterministic=deterministic)
+    rate = module.dropout
+    if rate == 0:
+        return False
+    if deterministic is None:
         raise ValueError(
-            "deterministic must be given, to the constructor or the call, if "
-            f"dropout={rate}: False in training, True otherwise; got None."
+            "deterministic must be given, to the constructor or the call, or by nnx's "
+            f"train() or eval(), if dropout={rate}: False in training, True otherwise; "
+            "got None."
         )
-    arguments.python_bools(deterministic=deterministic)
     if not deterministic and not has_rng:
         raise ValueError(
             f"if dropout={rate} and deterministic=False, rngs must hold a key, as in "
             f"{how}; got none."
         )
+    return not deterministic
 
 
-def initializers(**given: Any) -> None:
-    arguments.functions(
-        "an initializer, called with a key, a shape and a dtype", **given
-    )
+def initializers(given: Mapping[Kind, Any]) -> None:
+    what = "an initializer, called with a key, a shape and a dtype"
+    arguments.functions(what, **{f"{kind}_init": init for kind, init in given.items()})
 
 
-def metadata(**given: Any) -> None:
-    for name, value in given.items():
+def metadata(given: Mapping[Kind, Any]) -> None:
+    for kind, value in given.items():
         if value is not None and not isinstance(value, Mapping):
             raise TypeError(
-                f"{name} must be a dict of metadata or None, "
+                f"{kind}_metadata must be a dict of metadata or None, "
                 f"got {arguments.describe(value)}."
             )
 

@@ -20,6 +20,7 @@ from flax_mha._cli._tables import print_lines, print_table
 from flax_mha.convert._arrays import Spec, few, specs
 from flax_mha.convert._config import heads_in
 from flax_mha.convert._draft import draft_tree
+from flax_mha.convert._entries import flatten
 from flax_mha.convert._files.replacing import check_params, check_state_dict
 
 
@@ -143,8 +144,6 @@ def _state_dict(path: Path) -> Mapping[str, np.ndarray]:
             raise ValueError(
                 f"{not_theirs} Taken for what convert wrote, {not_ours}"
             ) from None
-    from flax_mha.convert._conversion import flatten  # and JAX
-
     if not conversion:
         return flatten(params)
     try:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_mha._dropout import Dropout
-from flax_mha._masks import Mask
+from flax_mha._masks import Mask, is_padding
 from flax_mha._mesh import varying
-from flax_mha._typing import Array, MaskArray
+from flax_mha._typing import Array
 
 # 64 MiB of them, which the vector memory of a TPU can hold.
 WHOLE_LOGITS = 2**24
@@ -98,11 +98,6 @@ def _whole_block_sizes(batch, heads, tgt_len, src_len, weights, is_causal):
     if is_causal and not weights:
         limit = min(limit, 1024)
     return BlockSizes(batch, heads, rows, _even_split(src_len, limit))
-
-
-def is_padding(mask: MaskArray) -> bool:
-    """Whether `mask` is the same for all queries."""
-    return mask.shape[2] == 1
 
 
 def _even_split(length: int, limit: int) -> int:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha._call import Call, Gradients
-from flax_mha._kernels._blocks import Blocks, block_sizes, is_padding
+from flax_mha._kernels._blocks import Blocks, block_sizes
 from flax_mha._kernels._softmax import Rows, Running, absorb, delta_of, product
+from flax_mha._masks import is_padding
 from flax_mha._mesh import varying_axes
 from flax_mha._typing import (
     Array,

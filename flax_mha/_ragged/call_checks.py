@@ -16,7 +16,7 @@ def call(
     values_ndim: int = 2,
     **statics: Any,
 ) -> None:
-    """Checks what `_checks.call` cannot see where an input is a `RaggedArray`.
+    """Checks what `_checks.layer` cannot see where an input is a `RaggedArray`.
 
     Args:
         values_ndim: How many axes values must have.
@@ -60,8 +60,11 @@ def call(
                 f"{name} must be None if key is a RaggedArray, "
                 f"got {arguments.describe(static)}."
             )
-    if key_padding_mask is None:
-        return
+    if key_padding_mask is not None:
+        _padding_of(key, key_padding_mask)
+
+
+def _padding_of(key: Any, key_padding_mask: Any) -> None:
     if not checks.is_ragged(key_padding_mask):
         raise TypeError(
             "key_padding_mask must be None if key is a RaggedArray, which has no "
@@ -76,10 +79,9 @@ def call(
         )
 
 
-def no_hint_over(extra: int, attn_mask: Any) -> None:
-    if extra:
-        raise ValueError(
-            "attn_mask must be None if is_causal=True, need_weights=False, inputs are "
-            "RaggedArrays and add_bias_kv or add_zero_attn append keys: PyTorch would "
-            f"lay the causal mask over these too. Got shape {attn_mask.shape}."
-        )
+def hint_over_extra(attn_mask: Any) -> ValueError:
+    return ValueError(
+        "attn_mask must be None if is_causal=True, need_weights=False, inputs are "
+        "RaggedArrays and add_bias_kv or add_zero_attn append keys: PyTorch would "
+        f"lay the causal mask over these too. Got shape {attn_mask.shape}."
+    )

@@ -12,7 +12,7 @@ from flax_mha._lazy import lazy
 if TYPE_CHECKING:
     from flax_mha.convert._conversion import Conversion as Conversion
     from flax_mha.convert._conversion import ConvertedLayer as ConvertedLayer
-    from flax_mha.convert._conversion import Entry as Entry
+    from flax_mha.convert._entries import Entry as Entry
     from flax_mha.convert._files.read import Checkpoint as Checkpoint
     from flax_mha.convert._files.read import read_state_dict as read_state_dict
     from flax_mha.convert._files.write import load_params as load_params
@@ -66,50 +66,16 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "_conversion": (
-            "Conversion",
-            "ConvertedLayer",
-            "Entry",
-        ),
-        "_files.read": (
-            "Checkpoint",
-            "read_state_dict",
-        ),
-        "_files.write": (
-            "load_params",
-            "save_params",
-            "save_safetensors",
-        ),
-        "_find": (
-            "AttentionLayer",
-            "LookAlike",
-            "find_layers",
-            "find_look_alikes",
-        ),
-        "_layer": (
-            "from_torch",
-            "params_from_state_dict",
-            "state_dict_from_params",
-        ),
-        "_nested": (
-            "nested_from_ragged",
-            "ragged_from_nested",
-        ),
-        "_nnx": (
-            "nnx_params",
-            "update_nnx",
-        ),
-        "_stock": (
-            "from_stock",
-            "to_stock",
-        ),
-        "_tree": (
-            "convert_tree",
-            "plan_tree",
-        ),
-        "_verify": (
-            "LayerReport",
-            "verify",
-        ),
+        "_conversion": ("Conversion", "ConvertedLayer"),
+        "_entries": ("Entry",),
+        "_files.read": ("Checkpoint", "read_state_dict"),
+        "_files.write": ("load_params", "save_params", "save_safetensors"),
+        "_find": ("AttentionLayer", "LookAlike", "find_layers", "find_look_alikes"),
+        "_layer": ("from_torch", "params_from_state_dict", "state_dict_from_params"),
+        "_nested": ("nested_from_ragged", "ragged_from_nested"),
+        "_nnx": ("nnx_params", "update_nnx"),
+        "_stock": ("from_stock", "to_stock"),
+        "_tree": ("convert_tree", "plan_tree"),
+        "_verify": ("LayerReport", "verify"),
     },
 )

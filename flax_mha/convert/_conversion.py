@@ -10,8 +10,7 @@ import numpy as np
 from flax_mha.convert import _strict
 from flax_mha.convert._arguments import check_flags, check_state_dict
 from flax_mha.convert._arrays import Spec, specs
-from flax_mha.convert._entries import Axes, Entry, StateDict
-from flax_mha.convert._entries import flatten as flatten
+from flax_mha.convert._entries import Axes, Entry, StateDict, flatten
 from flax_mha.convert._families import FAMILIES
 from flax_mha.convert._rows import aligned, merged
 
@@ -158,9 +157,10 @@ class Conversion:
                 were converted to zeros, and training may have changed them.
 
         Returns:
-            A mapping that rearranges a tensor each time it is asked for it. If the
-            parameters are divided over processes, it gathers the tensor, and all have
-            to ask; `save_safetensors` does so.
+            A mapping to NumPy arrays that rearranges a tensor each time it is asked for
+            it; for PyTorch see `state_dict_from_params`. If the parameters are divided
+            over processes, it gathers the tensor, and all have to ask;
+            `save_safetensors` does so.
 
         Raises:
             ValueError: A parameter is missing, unexpected or misshapen; or, without

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flax_mha.convert import _strict
-from flax_mha.convert._conversion import flatten
+from flax_mha.convert._entries import flatten
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -9,7 +9,7 @@ import numpy as np
 from flax_mha._params import SEPARATE_WEIGHTS, parameter_table
 from flax_mha.convert import _strict
 from flax_mha.convert._arguments import check_tree
-from flax_mha.convert._conversion import flatten
+from flax_mha.convert._entries import flatten
 
 _PROJECTIONS = ("query", "key", "value")
 

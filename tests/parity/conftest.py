@@ -1,7 +1,12 @@
 """Everything in this folder runs PyTorch beside the package."""
 
+import os
+
 import pytest
 import torch
+
+# Hugging Face's libraries read this when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The machine's cores are for the test processes, one each.
 torch.set_num_threads(1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flax_mha import MultiheadAttention, convert, training
+from tests.defaults import jax_promotion
 
 SIZES = dict(embed_dim=24, num_heads=4, batch_first=True, add_bias_kv=True)
 
@@ -61,7 +62,7 @@ def test_training_takes_torchs_steps(theirs):
         out, _ = module(torch_x, torch_x, torch_x)
         torch.mean((out - torch_target) ** 2).backward()
         stepping.step()
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with jax_promotion():
             params, state = step(params, state)
     back = convert.state_dict_from_params(params)
     for name, tensor in module.state_dict().items():

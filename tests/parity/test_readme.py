@@ -9,12 +9,12 @@ import re
 import shlex
 import tomllib
 
-import jax
 import numpy as np
 import pytest
 
 from examples import train
 from flax_mha._cli import main
+from tests.defaults import jax_defaults
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -39,11 +39,7 @@ def _as_a_reader_has_it(tmp_path, monkeypatch):
     """JAX's own defaults, not these tests' strict ones, and a folder to write in."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with jax_defaults():
         yield
 
 

@@ -4,11 +4,11 @@ import contextlib
 import io
 import signal
 
-import jax
 import numpy as np
 
 from examples import train
 from flax_mha.convert import read_state_dict, save_safetensors
+from tests.defaults import jax_defaults
 from tests.processes import Processes, a_model, losses
 
 DEADLINE = 300  # seconds, of machines that do other things
@@ -38,9 +38,7 @@ def test_each_process_reads_its_own_bytes_and_all_write_one_folder(tmp_path):
 def train_here(*argv):
     """Returns the losses of a run on this process's eight devices."""
     with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
+        jax_defaults(),
         contextlib.redirect_stdout(io.StringIO()) as printed,
     ):
         train.main([*map(str, argv), *SMALL])

@@ -3,10 +3,6 @@
 Their weights are random; nothing is downloaded.
 """
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import dataclasses
 import functools
 import shutil

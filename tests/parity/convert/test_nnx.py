@@ -13,6 +13,7 @@ from optax import contrib
 from examples import transformer, transformer_nnx
 from flax_mha import convert, training
 from flax_mha import nnx as flax_mha_nnx
+from tests.defaults import jax_promotion
 from tests.parity._live import TOLERANCE, features, inputs, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
@@ -26,7 +27,7 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def _flaxs_own_modules_promote():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_promotion():
         yield
 
 

@@ -16,9 +16,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
 from flax_mha._cli import main
 from flax_mha.convert import convert_tree, read_state_dict
@@ -394,80 +391,6 @@ def test_tensors_that_are_no_arrays_are_refused_by_name(tmp_path, make, text):
     save = torch.jit.save if make is script else torch.save
     save(make(), tmp_path / "a.pt")
     assert_raises(ValueError, text, lambda: read_state_dict(tmp_path / "a.pt"))
-
-
-# Distributed
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
-def test_a_tensor_of_one_process_is_whole(tmp_path, mesh, placement):
-    want = ones("a")
-    parts = {"a": DTensor.from_local(want["a"], mesh, [placement])}
-    torch.save(parts, tmp_path / "a.pt")
-    assert_same_bits(read_state_dict(tmp_path / "a.pt"), want)
-
-
-def test_a_part_of_a_tensor_is_refused(tmp_path, mesh):
-    part = DTensor.from_local(
-        torch.ones(2, 3), mesh, [Shard(0)], shape=torch.Size([4, 3]), stride=(3, 1)
-    )
-    torch.save({"a": part}, tmp_path / "a.pt")
-    assert_raises(
-        ValueError,
-        "a is one process's part, [2, 3], of a DTensor of [4, 3]: save what "
-        "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
-        lambda: read_state_dict(tmp_path / "a.pt"),
-    )
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("consolidated", [True, False])
-def test_huggingface_writer(tmp_path, mesh, consolidated):
-    want = ones("a", "b")
-    parts = {n: DTensor.from_local(v, mesh, [Shard(0)]) for n, v in want.items()}
-    writer = dcp.HuggingFaceStorageWriter(
-        str(tmp_path), save_distributed=True, enable_consolidation=consolidated
-    )
-    dcp.save(parts, storage_writer=writer)
-    if consolidated:
-        assert_same_bits(dict(sorted(read_state_dict(tmp_path).items())), want)
-        return
-    (path,) = tmp_path.iterdir()
-    (tmp_path / "renamed").mkdir()
-    (tmp_path / "renamed" / "a.safetensors").hardlink_to(path)
-    for shard in (tmp_path, path, tmp_path / "renamed"):
-        assert_raises(
-            ValueError,
-            "was written by one of several processes of torch.distributed.checkpoint, "
-            "and does not say of how many: join all with PyTorch's "
-            "consolidate_safetensors_files",
-            lambda shard=shard: read_state_dict(shard),
-        )
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_huggingface_writer_of_one_process(tmp_path):
-    writer = dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=False)
-    dcp.save(ones("a", "b"), storage_writer=writer, no_dist=True)
-    assert_same_bits(dict(sorted(read_state_dict(tmp_path).items())), ones("a", "b"))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_quantized_weights_in_a_distributed_checkpoint(tmp_path):
-    """A tuple is stored there as bytes."""
-    model = torch.ao.quantization.quantize_dynamic(Small(), {torch.nn.Linear})
-    dcp.save(model.state_dict(), checkpoint_id=tmp_path, no_dist=True)
-    state_dict = read_state_dict(tmp_path)
-    np.testing.assert_array_equal(
-        state_dict["fc.weight"], model.fc.weight().dequantize()
-    )
 
 
 # Hostile

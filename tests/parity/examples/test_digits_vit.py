@@ -1,6 +1,5 @@
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -8,6 +7,7 @@ from safetensors.numpy import load_file
 
 from examples import digits_vit, train_digits_in_torch
 from flax_mha import convert
+from tests.defaults import jax_defaults
 
 DATA = pathlib.Path(digits_vit.__file__).parent / "data"
 
@@ -20,9 +20,7 @@ def finished(tmp_path_factory):
     fewer = train_x[:140], test_x, train_y[:140], test_y  # an epoch takes a while
     with (
         pytest.MonkeyPatch.context() as patch,
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
+        jax_defaults(),
     ):
         patch.setattr(digits_vit, "load_digits_split", lambda: fewer)
         digits_vit.main(["--out", str(out)])  # exits if its logits differ from torch's

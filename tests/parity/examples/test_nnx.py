@@ -2,7 +2,6 @@
 
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from safetensors.numpy import load_file
 
 from examples import digits_vit_nnx, train_digits_in_torch, transformer_nnx
 from flax_mha import convert
+from tests.defaults import jax_defaults, jax_promotion
 from tests.parity._live import TOLERANCE, causal_mask, normal
 
 SIZES = dict(d_model=6, nhead=3, dim_feedforward=8, dropout=0.0)
@@ -52,7 +52,7 @@ def test_transformer_is_torchs(options):
         *map(torch.tensor, arrays), **{n: torch.tensor(m) for n, m in MASKS.items()}
     )
     ours.eval()
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_promotion():
         got = ours(*arrays, **MASKS)
     np.testing.assert_allclose(got, want.detach(), **TOLERANCE)
 
@@ -61,11 +61,7 @@ def test_digits_are_finetuned_and_go_back_to_torch_strictly(tmp_path, monkeypatc
     train_x, images, train_y, labels = digits_vit_nnx.load_digits_split()
     fewer = train_x[:140], images, train_y[:140], labels  # an epoch takes a while
     monkeypatch.setattr(digits_vit_nnx, "load_digits_split", lambda: fewer)
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with jax_defaults():
         digits_vit_nnx.main(["--out", str(tmp_path)])  # exits if its logits differ
         after = load_file(tmp_path / "digits_vit_nnx.safetensors")
         model = digits_vit_nnx.VisionTransformer(nnx.Rngs(0))

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from examples import transformer
 from flax_mha import convert
+from tests.defaults import jax_promotion
 from tests.parity._live import TOLERANCE, causal_mask, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
@@ -79,10 +80,7 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def _promotion_as_flax_needs_it():
-    with (
-        jax.numpy_dtype_promotion("standard"),  # in its LayerNorm
-        jax.numpy_rank_promotion("allow"),  # in its Dense
-    ):
+    with jax_promotion():
         yield
 
 

@@ -1,12 +1,12 @@
 """examples/translate.py decodes what PyTorch does, token for token."""
 
-import jax
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from examples import numbers_in_words, train_translate_in_torch, translate
+from tests.defaults import jax_defaults
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 
@@ -27,11 +27,7 @@ def numbers():
 
 @pytest.fixture(autouse=True)
 def _as_users_have_it():
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with jax_defaults():
         yield
 
 
