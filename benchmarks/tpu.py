@@ -106,7 +106,7 @@ def _report(results: dict) -> Iterator[str]:
     yield "compiler's schedule, without waiting for memory; a step is forward and"
     yield "backward pass. (4, 4096, 8 heads of 64) unless said; 8192 has batch 1; 197"
     yield "and 577 are 64 sequences with 12 heads. Splash has blocks of up to 1024."
-    yield "What a causal mask or padding lets a kernel jump over is left out."
+    yield "What kernels jump over, of causal masks, padding and sums, is left out."
     yield ""
     columns = "cycles | / without | / splash | / splash, no mask | / blockwise | MiB"
     yield f"| chip | case | pass | kernel | {columns} |"

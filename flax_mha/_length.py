@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from flax_mha._call import Call
+from flax_mha._masks import is_padding
 from flax_mha._mesh import Axes, permuted
 from flax_mha._runs import Runs
 from flax_mha._typing import Array
@@ -196,6 +197,5 @@ def _bytes_of_keys(call: Call) -> int:
 
 
 def _can_be_mirrored(call: Call, parts: int) -> bool:
-    has_row_masks = any(x.shape[2] > 1 for x in jax.tree.leaves(call.mask))
     is_even = call.logits[2] % (2 * parts) == 0
-    return call.mask.is_causal and is_even and not has_row_masks
+    return call.mask.is_causal and is_even and all(map(is_padding, call.mask.arrays))

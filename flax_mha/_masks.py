@@ -36,6 +36,11 @@ class Mask:
     # The last columns of the keys that no mask covers, is_causal included: always open.
     open_columns: int = dataclasses.field(default=0, metadata=dict(static=True))
 
+    @property
+    def arrays(self) -> tuple[MaskArray, ...]:
+        """All masks, (#batch, #heads, #tgt, src)."""
+        return *self.allowed, *self.blocked, *self.attn_bias
+
     def additive(
         self,
         tgt_len: int,

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, mask: Mask, tgt_len: int, src_len: int, dtype: DType) -> Self | None:
         """Returns None if the masks cannot do any of that, as far as shapes say."""
-        if mask.open_columns or not jax.tree.leaves(mask):
+        if mask.open_columns or not mask.arrays:
             return None
         additive = mask.additive(tgt_len, src_len, jnp.float32)
         assert additive is not None  # as there are masks
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
 
 
 def is_boolean_padding(mask: Mask) -> bool:
-    masks = jax.tree.leaves(mask)
+    masks = mask.arrays
     is_all = not mask.attn_bias and not mask.is_causal
     return bool(masks) and is_all and all(x.shape[1:3] == (1, 1) for x in masks)
 
@@ -171,7 +171,7 @@ def split_mask(mask: Mask, head_dim: int) -> tuple[Mask, Mask]:
     A float mask goes into the keys only where no other differs from row to row, as it
     is there that the largest sum of a row is not known in advance.
     """
-    is_same = not mask.is_causal and all(map(is_padding, jax.tree.leaves(mask)))
+    is_same = not mask.is_causal and all(map(is_padding, mask.arrays))
 
     def part(wanted):
         def chosen(masks):

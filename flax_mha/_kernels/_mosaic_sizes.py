@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from flax_mha._call import Call
+from flax_mha._masks import is_padding
 
 # Keys of a head in the vector memory where no loop visits them, in the backward pass
 # without masks: more take as long, and longer to compile.
@@ -45,10 +46,8 @@ class Sizes:
         if heads := _heads_of_step(call):
             tgt = padded(128, tgt_len)
             return cls(tgt, tgt, padded(16, src_len), 1, 1, False, heads)
-        mask = call.mask
-        masks = *mask.allowed, *mask.blocked, *mask.attn_bias
         is_tall = is_forward and _tile(call) == _TILE and call.dropout is None
-        is_tall &= all(x.shape[2] == 1 for x in masks)
+        is_tall &= all(map(is_padding, call.mask.arrays))
         rows = part(tgt_len, _TALL if is_tall else _tile(call))
         columns = part(src_len, _tile(call))
         chunks = -(-src_len // columns)
@@ -93,9 +92,8 @@ class Sizes:
 
 def _skips(call: Call) -> bool:
     mask = call.mask
-    masks = *mask.allowed, *mask.blocked, *mask.attn_bias
     is_short = mask.is_causal or mask.tgt_lens is not None
-    return is_short or any(x.shape[2] == 1 for x in masks)
+    return is_short or any(map(is_padding, mask.arrays))
 
 
 def _heads_of_step(call: Call) -> int:
@@ -108,8 +106,8 @@ def _heads_of_step(call: Call) -> int:
     size = call.query.dtype.itemsize
     of_head = length * sum(dims) * (8 * size + 16)
     shared = 6 * 4 * length**2 + 2 * 4 * 128 * length * (call.dropout is not None)
-    for x in (*call.mask.allowed, *call.mask.blocked, *call.mask.attn_bias):
-        of_mask = 2 * 4 * length * (128 if x.shape[2] == 1 else length)
+    for x in call.mask.arrays:
+        of_mask = 2 * 4 * length * (128 if is_padding(x) else length)
         if x.shape[1] == 1:
             shared += of_mask
         else:
@@ -133,10 +131,10 @@ def _most_keys(call: Call, is_forward: bool) -> int:
     size = 2 * call.query.dtype.itemsize * sum(padded(128, dim) for dim in dims)
     if not is_forward:
         size += 2 * 4 * sum(dims)  # gradients
-    mask = call.mask
-    masks = (*mask.allowed, *mask.blocked, *mask.attn_bias)
-    size += 2 * _tile(call) * sum(x.dtype.itemsize for x in masks if x.shape[2] > 1)
-    size += 2 * 4 * 128 * any(x.shape[2] == 1 for x in masks)
+    of_keys, of_rows = [], []
+    for x in call.mask.arrays:
+        (of_keys if is_padding(x) else of_rows).append(x.dtype.itemsize)
+    size += 2 * _tile(call) * sum(of_rows) + 2 * 4 * 128 * bool(of_keys)
     size += 2 * 4 * 128 * (call.dropout is not None)
     return _MOST_MIB * 2**20 // size
 

@@ -74,7 +74,7 @@ def unwise(call: Call) -> str | None:
     batch, num_heads, tgt_len, src_len = call.logits
     covered = (1, 1, tgt_len, src_len - mask.open_columns)
     shape = np.broadcast_shapes(covered, *shapes)
-    if math.prod(shape) > max(x.size for x in jax.tree.leaves(mask)):
+    if math.prod(shape) > max(x.size for x in mask.arrays):
         return f"its masks would become one of {shape}, larger than each"
     if shape[:2] == (batch, num_heads) != (1, 1):
         return f"its masks would be copied, {shape}, as large as all the logits"
