@@ -233,7 +233,7 @@ def _linear(
 
     def multiply(x, weight):
         weight = _mesh.gathered(weight, names)
-        weight = division.put(weight, *features, *_mesh.explicit_spec(x)[-axes:])
+        weight = division.gathered(weight, *features, *_mesh.explicit_spec(x)[-axes:])
         if not is_few:
             options = division.options(*rows, *features)
             return product(x, weight, (over, ((), ())), **options)

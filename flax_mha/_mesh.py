@@ -89,6 +89,20 @@ class Division(NamedTuple):
         sharding = jax.sharding.NamedSharding(self.mesh, partition_spec(spec))
         return dict(out_sharding=sharding)
 
+    def gathered(self, weight: Any, *spec: Axes) -> Any:
+        """Returns a weight that has these axes, divided so.
+
+        If it is fully sharded, each device gets of its gradient only its own part of
+        the sum over rows. For that, types say over which axes this sum is: JAX calls
+        them reduced.
+        """
+        own, rows = explicit_spec(weight), frozenset().union(*self.rows)
+        if rows.isdisjoint(set().union(*own)):
+            return self.put(weight, *spec)
+        for place in (own, spec):
+            weight = resharded(weight, place, self.mesh, rows.difference(*place))
+        return weight
+
     def put(self, x: Any, *spec: Axes) -> Any:
         """Returns an array that has these axes, divided so."""
         return x if self.mesh is None else resharded(x, spec, self.mesh)
@@ -105,7 +119,7 @@ def is_mapped_over() -> bool:
 def explicit_spec(x: Any) -> tuple[Axes, ...]:
     """Returns the explicit mesh axes that divide each axis of an array."""
     is_array = isinstance(x, jax.Array)  # not NumPy's, nor a quantized weight
-    spec = tuple(jax.typeof(x).sharding.spec) if is_array else ()
+    spec = jax.typeof(x).sharding.spec.partitions if is_array else ()
     return tuple(as_tuple(axes) for axes in spec + (None,) * (x.ndim - len(spec)))
 
 
@@ -200,15 +214,21 @@ def _ruled(name: str, mesh: Any) -> Axes:
     return tuple(axis for axis in axes if axis not in taken)
 
 
-def resharded(x: Any, spec: Sequence[Axes], mesh: Any) -> Any:
-    """Divides an array over those of the axes that are explicit."""
+def resharded(
+    x: Any, spec: Sequence[Axes], mesh: Any, reduced: frozenset[str] = frozenset()
+) -> Any:
+    """Divides an array over those of the axes that are explicit.
+
+    Args:
+        reduced: Explicit axes over which the array is whole, and its gradient a sum.
+    """
     if mesh is None or not mesh.explicit_axes:
         return x
     spec = tuple(tuple(a for a in axes if a in mesh.explicit_axes) for axes in spec)
-    if spec == explicit_spec(x):
+    if spec == explicit_spec(x) and not reduced:
         return x
-    sharding = jax.sharding.NamedSharding(mesh, partition_spec(spec))
-    return jax.sharding.reshard(x, sharding)
+    place = partition_spec(spec).update(reduced=reduced)
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, place))
 
 
 def place_by_names(x: jax.Array, names: tuple[str, ...], rules: Rules) -> jax.Array:

@@ -448,9 +448,8 @@ def test_of_fully_sharded_layers_a_device_keeps_and_sums_its_own_parts(kind):
     weights = "1,3,4,4,16", "3,4,4,16", "1,16,4,4", "16,4,4"
     gathered = re.findall(r"= f64\[([\d,]+)\]\S* all-gather\(.*while/body", text)
     assert len([shape for shape in gathered if shape in weights]) == 2 * 2
-    if kind == "rules":
-        sums = " ".join(re.findall(r"= (.*) all-reduce\(", text))
-        assert "f64[3,4,4,4]" in sums and "f64[4,4,4]" in sums
+    sums = " ".join(re.findall(r"= (.*) all-reduce\(", text))
+    assert "f64[3,4,4,4]" in sums and "f64[4,4,4]" in sums
 
 
 def _place_of(x):

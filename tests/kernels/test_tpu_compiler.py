@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+from collections import Counter
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.collectives import moves
 from flax_mha import MultiheadAttention, RaggedArray
 from flax_mha._call import Call
 from flax_mha._dispatch import dot_product_attention
@@ -249,12 +251,12 @@ def test_a_program_divided_by_xla_has_no_kernel(function):
     assert kernels(on_mesh(mesh_of("v5e:2x2", AxisType.Auto), function)) == 0
 
 
-def test_a_layer_on_a_mesh_moves_two_sums():
-    mesh = mesh_of("v5e:2x2", AxisType.Explicit)
-    mha = MultiheadAttention(512, 8, batch_first=True, param_dtype=jnp.bfloat16)
-    x = jax.ShapeDtypeStruct((4, 2048, 512), jnp.bfloat16)
+def step_of_layer_on(mesh, batch, *, embed, length):
+    """Compiles a training step of a layer for a mesh, by explicit axes."""
+    mha = MultiheadAttention(embed, 8, batch_first=True, param_dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4, length, embed), jnp.bfloat16)
     params = jax.eval_shape(mha.init, jax.random.key(0), x, x, x)["params"]
-    shardings = param_shardings(params, mesh), NamedSharding(mesh, P("data"))
+    shardings = param_shardings(params, mesh), NamedSharding(mesh, P(batch))
     args = jax.tree.map(
         lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
         (params, x),
@@ -267,9 +269,26 @@ def test_a_layer_on_a_mesh_moves_two_sums():
 
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=shardings)
-        program = step.lower(*args).compile()
+        return step.lower(*args).compile()
+
+
+def test_a_layer_on_a_mesh_moves_two_sums():
+    mesh = mesh_of("v5e:2x2", AxisType.Explicit)
+    program = step_of_layer_on(mesh, "data", embed=512, length=2048)
     assert collectives(program) == {"all-reduce": 2}
     assert kernels(program) == 2
+
+
+def test_gradients_of_fully_sharded_parameters_are_summed_in_parts():
+    """Each chip gets its half of the sum over "fsdp", and sums that over "data"."""
+    chips, axes = np.array(devices("v5e:2x2")).reshape(2, 2), ("data", "fsdp")
+    mesh = Mesh(chips, axes, axis_types=(AxisType.Explicit,) * 2)
+    program = step_of_layer_on(mesh, axes, embed=512, length=256)
+    weights, sent = 4 * 512 * 512 * 2, Counter()
+    for move in moves(program):
+        sent[move.kind] += move.times * move.sent
+    assert sent["reduce-scatter"] == sent["all-gather"] == weights / 2
+    assert weights / 2 <= sent["all-reduce"] < 0.51 * weights  # with biases
 
 
 def compiled_ragged(capacity, max_len, *, batch=8, dropout=0.0):
