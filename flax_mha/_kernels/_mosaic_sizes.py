@@ -54,7 +54,7 @@ class Sizes:
         most, skips = _most_keys(call, is_forward), _skips(call)
         if not is_forward and not skips:
             most = min(most, _MOST_KEYS)
-        spans = -(-chunks // (most // columns))
+        spans = _spans(chunks, most // columns)
         tgt = padded(rows, tgt_len)
         return cls(tgt, rows, columns, -(-chunks // spans), spans, skips)
 
@@ -137,6 +137,14 @@ def _most_keys(call: Call, is_forward: bool) -> int:
     size += 2 * _tile(call) * sum(of_rows) + 2 * 4 * 128 * bool(of_keys)
     size += 2 * 4 * 128 * (call.dropout is not None)
     return _MOST_MIB * 2**20 // size
+
+
+def _spans(chunks: int, most: int) -> int:
+    """Returns how many spans of at most so many chunks there are."""
+    fewest = -(-chunks // most)
+    # If they are alike, keys need no padding: a copy, and one of their gradients.
+    alike = (n for n in range(fewest, 2 * fewest) if chunks % n == 0)
+    return next(alike, fewest)
 
 
 def part(length: int, most: int) -> int:
