@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha import RaggedArray
-from tests.fuzz import definition, layer, torch_side, transforms
+from tests.fuzz import calls, definition, layer, torch_side, transforms
 from tests.fuzz.comparing import (
     against_definition,
     against_torch,
@@ -69,7 +69,7 @@ def check(config):
     constants = {n: x for n, x in arrays.items() if x.dtype == bool}
     with jax.enable_x64(config["x64"]), jax.numpy_dtype_promotion(config["promotion"]):
         key = jax.random.key(config["numbers"])
-        seed = layer.SEED[config["api"]](key)
+        seed = calls.SEED[config["api"]](key)
         run = program(tuple((n, config[n]) for n in OPTIONS if n not in VALUES))
         rest = constants | {"rng": key, "offsets": offsets}
         ours = run(leaves, params, rest, config["numbers"])
@@ -92,7 +92,7 @@ def check(config):
 def program(items):
     """Returns what all configurations run that differ in `VALUES` alone."""
     config = dict(items)
-    call, convert, restore = layer.OURS[config["api"]](config)
+    call, convert, restore = calls.OURS[config["api"]](config)
 
     def function(leaves, params, rest):
         tgt, src = rest["offsets"]
@@ -102,7 +102,7 @@ def program(items):
         )
         lie = dict(query=of_query, key=of_key, value=of_key, key_padding_mask=of_key)
         given = {n: lie[n](x) if n in lie else x for n, x in (leaves | rest).items()}
-        out, weights = call(layer.arguments_of(given), params, rest["rng"])
+        out, weights = call(calls.arguments_of(given), params, rest["rng"])
         results = {"output": out.values}
         return results | ({} if weights is None else {"weights": weights})
 
@@ -151,7 +151,7 @@ def by_definition(config, constants, offsets, seed, leaves):
     out = np.zeros((config["tgt_room"], heads * config["head_dim"]), dtype)
     for n, (tgt, src, rows) in enumerate(elements(config, offsets)):
         given = element(leaves | constants, tgt, src, rows)
-        given = layer.arguments_of(given)
+        given = calls.arguments_of(given)
         lengths = tgt.stop - tgt.start, src.stop - src.start
         columns = np.arange(shape[3])
         columns = (columns < lengths[1]) | (columns >= config["src_len"])

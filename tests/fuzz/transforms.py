@@ -46,7 +46,7 @@ class Program:
     restore: Callable = dict
 
     def __post_init__(self):
-        compiles = self.transform != "eager" and self.transform != "eager_grad"
+        compiles = not self.transform.startswith("eager")
         step = STEPS[self.transform](self.function)
         step = jax.jit(step, compiler_options=QUICK) if compiles else step
         object.__setattr__(self, "step", step)
@@ -62,7 +62,7 @@ class Program:
             seed: Of what derivatives are along.
         """
         at = leaves, self.convert(params)
-        if self.transform == "jvp":
+        if self.transform in ("jvp", "eager_jvp"):
             signs = directions(leaves | params, seed)
             along = self._along(leaves, signs), self.convert(self._along(params, signs))
             results, tangents = self.step(at, along, rest)
@@ -144,6 +144,7 @@ def _jvp(function):
 STEPS = dict(
     eager=lambda function: function,
     eager_grad=_with_gradients,
+    eager_jvp=_jvp,
     jit=lambda function: function,
     grad=_with_gradients,
     remat=_remat,
