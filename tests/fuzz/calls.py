@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import flax_mha.nnx
-from flax_mha import MultiheadAttention, functional
+from flax_mha import MultiheadAttention, RaggedArray, functional
 from flax_mha.convert import params_from_state_dict, state_dict_from_params
 from tests.fuzz.drawing import pick
 
@@ -122,17 +122,49 @@ OURS = {"linen": _linen, "nnx": _nnx, "functional": _functional}
 SEED = {"linen": _linen_seed, "nnx": _seed, "functional": _seed}
 
 
-# --- With a cache: `call(params, cache, arguments)`, of which flags are some ----------
+# --- With a cache ---------------------------------------------------------------------
+
+
+def decoding(config):
+    """Returns `take(kind, params, cache, arrays, lengths)`, and what converts params.
+
+    It returns output and weights, batch first, and the next cache.
+    """
+    call, *converters = DECODING[config["api"]](config)
+    is_first = config["batch_first"]
+
+    def laid(x):  # back, too
+        return x[0] if config["batch"] is None else x if is_first else x.swapaxes(0, 1)
+
+    def take(kind, params, cache, arrays, lengths):
+        flags, lie = pick(config, *CALL), laid
+        if kind == "ragged":
+            lie = functools.partial(RaggedArray.from_padded, lengths=lengths)
+        inputs = {n: x for n, x in arrays.items() if not n.endswith("mask")}
+        arguments = arguments_of(arrays | {n: lie(x) for n, x in inputs.items()})
+        if kind == "look":
+            arguments |= dict(key=None, value=None)
+            flags["is_causal"] = False
+        out, weights, cache = call(params, cache, arguments, flags)
+        if kind == "ragged":
+            out = out.to_padded(max_len=arrays["query"].shape[1])
+        elif config["batch"] is None:
+            out, weights = jax.tree.map(lambda x: x[None], (out, weights))
+        else:
+            out = laid(out)
+        return out, weights, cache
+
+    return take, *converters
 
 
 def _linen_decoding(config):
     args, options = constructor(config)
     module = MultiheadAttention(*args, **options, decode=True)
 
-    def call(params, cache, arguments):
+    def call(params, cache, arguments, flags):
         variables = {"params": params, "cache": {"kv": cache}}
         (out, weights), updates = module.apply(
-            variables, **arguments, mutable=["cache"]
+            variables, **arguments, **flags, mutable=["cache"]
         )
         return out, weights, updates["cache"].get("kv", cache)
 
@@ -143,12 +175,12 @@ def _nnx_decoding(config):
     args, options = constructor(config)
     graph, state = nnx_parts(args, tuple(options.items()))
 
-    def call(params, cache, arguments):
+    def call(params, cache, arguments, flags):
         nnx.replace_by_pure_dict(state, params)
         mha = nnx.merge(graph, state)
         mha.set_view(decode=True)
         mha.cache = nnx.Cache(cache)
-        out, weights = mha(**arguments)
+        out, weights = mha(**arguments, **flags)
         return out, weights, mha.cache.get_value()
 
     return call, *converters(config)
@@ -157,10 +189,8 @@ def _nnx_decoding(config):
 def _functional_decoding(config):
     attend, convert, restore = _functional(config)
 
-    def call(params, cache, arguments):
-        flags = pick(arguments, *CALL)
-        arrays = {n: x for n, x in arguments.items() if n not in flags}
-        return attend(arrays | {"cache": cache}, params, None, **flags)
+    def call(params, cache, arguments, flags):
+        return attend(arguments | {"cache": cache}, params, None, **flags)
 
     return call, convert, restore
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mha import KeyValueCache, RaggedArray
+from flax_mha import KeyValueCache
 from tests.fuzz import calls, definition, layer, transforms
 from tests.fuzz.comparing import (
     Mismatch,
@@ -274,30 +274,7 @@ def program(items):
     Programs of each kind of step are compiled once.
     """
     config = dict(items)
-    call, *converters = calls.DECODING[config["api"]](config)
-    is_first = config["batch_first"]
-
-    def laid(x):  # back, too
-        return x[0] if config["batch"] is None else x if is_first else x.swapaxes(0, 1)
-
-    def take(kind, params, cache, arrays, lengths):
-        options, lie = pick(config, *calls.CALL), laid
-        if kind == "ragged":
-            lie = functools.partial(RaggedArray.from_padded, lengths=lengths)
-        inputs = {n: x for n, x in arrays.items() if not n.endswith("mask")}
-        arguments = calls.arguments_of(arrays | {n: lie(x) for n, x in inputs.items()})
-        if kind == "look":
-            arguments |= dict(key=None, value=None)
-            options["is_causal"] = False
-        out, weights, cache = call(params, cache, arguments | options)
-        if kind == "ragged":
-            out = out.to_padded(max_len=NEW[kind])
-        elif config["batch"] is None:
-            out, weights = jax.tree.map(lambda x: x[None], (out, weights))
-        else:
-            out = laid(out)
-        return out, weights, cache
-
+    take, *converters = calls.decoding(config)
     if not config["compiled"]:
         return take, *converters
     is_last_use = config["transform"] == "eager"

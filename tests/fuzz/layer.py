@@ -7,12 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.fuzz import calls, definition, torch_side, transforms
-from tests.fuzz.comparing import (
-    against_definition,
-    against_torch,
-    of_dtype,
-    widest_tolerance,
-)
+from tests.fuzz.comparing import against_definition, of_dtype, widest_tolerance
 from tests.fuzz.drawing import generator, pick
 
 OPTIONS = {
@@ -116,7 +111,7 @@ def check(config):
     against_definition(define, leaves | params, params, ours, tolerance)
     if torch_side.can_run(config):
         call = functools.partial(torch_side.layer, config)
-        against_torch(torch_side.results(call, params, arrays, ours), ours, tolerance)
+        torch_side.compare(call, params, arrays, ours, tolerance, dtype)
 
 
 @functools.lru_cache(maxsize=4)

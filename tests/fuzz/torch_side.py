@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 
+from tests.fuzz.comparing import against_torch
 from tests.fuzz.drawing import pick
 
 
@@ -32,6 +33,17 @@ def can_run(config, *, wants_mask=True):
         # It cannot reshape masks without elements.
         and not (is_empty and (config["key_padding_mask"] or config["attn_mask"]))
     )
+
+
+def compare(call, params, arrays, ours, tolerance, dtype):
+    """Checks ours against PyTorch's in float64.
+
+    In narrower dtypes, against its own error in that dtype, too.
+    """
+    args = call, params, arrays, ours
+    is_narrow = dtype.itemsize < 4
+    own = results(*args, dtype.name) if is_narrow else None
+    against_torch(results(*args), ours, tolerance, own)
 
 
 def results(call, params, arrays, ours, dtype="float64"):

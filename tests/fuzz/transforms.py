@@ -102,11 +102,14 @@ def directions(leaves, seed):
 
 def _with_gradients(function):
     def step(leaves, params, rest):
-        def call(leaves, params):
-            return function(leaves, params, rest)
+        def loss(leaves, params):
+            results = function(leaves, params, rest)
+            along = cotangents(results)
+            terms = [jnp.sum(x * along[name]) for name, x in results.items()]
+            return sum(term.astype(jnp.float32) for term in terms), results
 
-        results, pull_back = jax.vjp(call, leaves, params)
-        return results, pull_back(cotangents(results))
+        gradients, results = jax.grad(loss, (0, 1), has_aux=True)(leaves, params)
+        return results, gradients
 
     return step
 
@@ -141,6 +144,18 @@ def _jvp(function):
     return push
 
 
+def _hvp(function):
+    gradients = _with_gradients(function)
+
+    def step(leaves, params, rest):
+        def of(params):
+            return gradients(leaves, params, rest)[1]
+
+        return jax.jvp(of, (params,), (jax.tree.map(jnp.sin, params),))
+
+    return step
+
+
 STEPS = dict(
     eager=lambda function: function,
     eager_grad=_with_gradients,
@@ -150,6 +165,7 @@ STEPS = dict(
     remat=_remat,
     remat_names=_remat_names,
     jvp=_jvp,
+    hvp=_hvp,
     vmap=_vmap,
     scan=_scan,
 )
