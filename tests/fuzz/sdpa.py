@@ -25,7 +25,7 @@ OPTIONS = {
     "head_dim": [1, 2, 4, 5, 0],
     "value_dim": [None, None, 3, 0],
     "attn_mask": [None, "bool", "float"],
-    "mask_shape": ["two", "all", "all", "one_row", "no_heads", "one_column"],
+    "mask_shape": ["two", *["all"] * 2, "inner", "one_row", "no_heads", "one_column"],
     "is_causal": [False, False, True],
     "scale": [None, 0.3, -1.5],
     "dropout": [0.0, 0.0, 0.0, 0.3, 1.0],
@@ -161,6 +161,8 @@ def draw_mask(config, sets, rng):
     leading, shape = [*config["leading"]], [config["tgt_len"], config["src_len"]]
     if config["mask_shape"] == "all":
         shape = leading + shape
+    elif config["mask_shape"] == "inner":  # of all but the outermost
+        shape = leading[1:] + shape
     elif config["mask_shape"] == "no_heads":
         shape = [*leading[:-1], *[1][: len(leading)], *shape]
     elif config["mask_shape"] == "one_row":
