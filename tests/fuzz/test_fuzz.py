@@ -4,12 +4,12 @@ import functools
 
 import pytest
 
-from tests.fuzz import array, decoding, definition, layer, ragged, sdpa
+from tests.fuzz import array, decoding, definition, layer, ragged, ragged_sdpa, sdpa
 from tests.fuzz.comparing import Mismatch
 from tests.fuzz.drawing import drawn, simplest
 
 SEED = 1
-PROGRAMS = {layer: 6, sdpa: 3, ragged: 1, decoding: 2, array: 1}
+PROGRAMS = {layer: 3, sdpa: 1, ragged: 1, ragged_sdpa: 1, decoding: 1, array: 1}
 CASES = [
     pytest.param(part, n * getattr(part, "SAME", 1), id=f"{part.__name__[11:]}-{n}")
     for part, count in PROGRAMS.items()
