@@ -21,7 +21,7 @@ OPTIONS = {
     "src_room": [7, 20, 50, 700],
     "lengths": ["some", "any"],  # at least 1, and not
     "before": [0, 0, 2],  # the first offset
-    "slack": [0.0, float("nan")],
+    "slack": ["0", "nan"],
     # What it does not have, or `layer` has drawn.
     "batch_first": [True],
     "static": [()],
@@ -190,7 +190,7 @@ def fill_slack(x, offsets, filling, axis):
     """Writes into the tokens, along an axis, that are of no element."""
     token = np.arange(x.shape[axis])
     is_slack = (token < offsets[0]) | (token >= offsets[-1])
-    np.moveaxis(x, axis, -1)[..., is_slack] = filling
+    np.moveaxis(x, axis, -1)[..., is_slack] = float(filling)
 
 
 def draw_all_offsets(config, rng):
