@@ -6,4 +6,4 @@
 is another module, and its name in `PARTS`.
 """
 
-PARTS = ("layer", "sdpa", "ragged", "decoding", "array", "meshes")
+PARTS = ("layer", "sdpa", "ragged", "ragged_sdpa", "decoding", "array", "meshes")

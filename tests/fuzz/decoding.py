@@ -1,29 +1,39 @@
-"""Decoding with a cache: any steps, and each is what a full pass would be."""
+"""Decoding with a cache: any steps, and each is what a full pass would be.
+
+Derivatives are those of all steps, one after another: of parameters, of what each step
+is called with, and of what lay in the cache before, which means nothing.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from flax_mha import KeyValueCache, MultiheadAttention, RaggedArray
-from tests.fuzz import definition, layer, transforms
-from tests.fuzz.comparing import Mismatch, of_dtype, same, widest_tolerance
+from flax_mha import KeyValueCache
+from tests.fuzz import calls, definition, layer, transforms
+from tests.fuzz.comparing import (
+    Mismatch,
+    against_definition,
+    of_dtype,
+    widest_tolerance,
+)
 from tests.fuzz.drawing import generator, pick
 
-STEPS = ("one", "one", "one", "few", "many", "ragged", "reorder", "look")
-NEW = dict(one=1, few=3, many=9, ragged=4)
+KINDS = ("one", "one", "one", "few", "many", "ragged", "reorder", "look")
+NEW = dict(one=1, few=3, many=20, ragged=4)
 LOOKING = 2  # queries, where nothing is appended
 OPTIONS = {
     "api": ["functional", "linen", "nnx"],
-    "transform": ["jit", "jit", "jit", "eager"],
+    "transform": ["eager", "eager", "eager_grad", "eager_grad", "eager_jvp"],
+    "compiled": [*[True] * 5, False],  # each step
     "steps": [1, 2, 3, 5, 8],
     "dtype": [*["float64"] * 3, "float32", "bfloat16", "float16"],
     "cache_dtype": ["same", "same", "float32", "bfloat16"],
     "batch": [1, 2, 3, None],
     "batch_first": [True, False],
-    "room": [9, 14, 40, 300],
+    "room": [20, 24, 40, 300],
     "num_heads": [1, 2, 3],
     "head_dim": [1, 4],
     "kdim": [None, None, 4],
@@ -52,12 +62,34 @@ def settle(config):
             config["batch"] = 1
     if config["batch"] is None:
         config["batch_first"] = True
-    if config["transform"] == "eager":
-        config.update(room=14, num_heads=2, head_dim=4)
+    if not config["compiled"]:
+        config.update(room=24, num_heads=2, head_dim=4)
     if not config["need_weights"]:
         config["average_attn_weights"] = True
+    if config["transform"] != "eager" and cache_dtype(config).itemsize < 4:
+        config["cache_dtype"] = "float32"  # it would store bits
     if config["cache_dtype"] == config["dtype"]:
         config["cache_dtype"] = "same"
+
+
+def cache_dtype(config):
+    is_same = config["cache_dtype"] == "same"
+    return jnp.dtype(config["dtype" if is_same else "cache_dtype"])
+
+
+class Step(NamedTuple):
+    """What a step does, and how many tokens the cache holds before and after it."""
+
+    name: str
+    kind: str
+    held: tuple[np.ndarray, np.ndarray]  # (batch,)
+    lengths: np.ndarray | None = None  # (batch,) of what is ragged
+    order: np.ndarray | None = None  # (batch,) of what is reordered
+    fits: bool = True  # or else an error is raised
+
+    @property
+    def tgt_len(self):
+        return NEW.get(self.kind, LOOKING)
 
 
 def check(config):
@@ -67,243 +99,185 @@ def check(config):
     config["separate"] = bool(is_functional and (config["kdim"] or config["vdim"]))
     rng = generator(config)
     params = layer.draw_params(config, rng)
-    step, convert = program(tuple((n, config[n]) for n in (*OPTIONS, *FIXED)))
-    model = Model(config, params, rng)
-    cache, params = model.empty(), convert(params)
+    steps = list(draw_steps(config, rng))
+    arrays = draw_arrays(config, steps, rng)
+    leaves = {n: x for n, x in arrays.items() if x.dtype.kind not in "bu"}
+    constants = {n: x for n, x in arrays.items() if n not in leaves}
+    names = (n for n in (*OPTIONS, *FIXED) if n not in VALUES)
+    step, *converters = program(tuple((n, config[n]) for n in names))
+    decode = functools.partial(decoded, config, steps, step)
+    run = transforms.Program(config["transform"], decode, *converters)
+    ours = run(leaves, params, constants, config["numbers"])
+    dtype = jnp.dtype(config["dtype"])
+    of_dtype({n: x for n, x in ours.results.items() if "position" not in n}, dtype)
+    if any(np.isnan(x.astype(float)).any() for x in ours.results.values()):
+        ours.gradients = {}  # all of it may be NaN, not the sequence's alone
+    define = functools.partial(by_definition, config, steps, constants)
+    tolerance = widest_tolerance(dtype, cache_dtype(config))
+    against_definition(define, leaves | params, params, ours, tolerance)
+
+
+def draw_steps(config, rng):
+    batch, room = config["batch"] or 1, config["room"]
+    after = np.zeros(batch, np.int32)
     for n in range(config["steps"]):
-        kind = str(rng.choice(STEPS))
-        try:
-            cache = take(kind, model, step, params, cache)
-        except Mismatch as error:
-            raise Mismatch(f"step {n}, {kind}: {error}") from None
+        kind, before = str(rng.choice(KINDS)), after
+        name = f"step {n}, {kind}: "
+        if kind == "reorder":
+            order = rng.integers(batch, size=batch)
+            after = before[order]
+            yield Step(name, kind, (before, after), order=order)
+            continue
+        if kind == "ragged" and config["batch"] is None:
+            kind = "few"
+        new = NEW.get(kind, 0)
+        lengths = rng.integers(0, new + 1, batch) if kind == "ragged" else None
+        is_lost = (before + new > room) & (new > 0)
+        if not config["compiled"] and is_lost.any():
+            yield Step(name, kind, (before, before), lengths, fits=False)
+            continue
+        after = before + (new if lengths is None else lengths)
+        after = np.where(is_lost, room + 1, after).astype(np.int32)
+        yield Step(name, kind, (before, after), lengths)
 
 
-def take(kind, model, step, params, cache):
-    """Takes a step of ours and of the model, and compares them; returns the cache."""
-    if kind == "reorder":
-        order = model.rng.integers(model.batch, size=model.batch)
-        model.reorder(order)
-        return jax.tree.map(lambda x: x[order], cache)
-    if kind == "ragged" and model.config["batch"] is None:
-        kind = "few"
-    arrays, lengths = model.draw(kind)
-    if model.config["transform"] == "eager" and model.overflows(kind):
-        try:
-            step(kind, params, cache, arrays, lengths)
-        except ValueError:
-            return cache
-        raise Mismatch("what does not fit raises no error")
-    out, weights, cache = step(kind, params, cache, arrays, lengths)
-    want = model.step(kind, arrays, lengths)
-    got = {"position": np.asarray(cache.position), "output": np.asarray(out)}
-    if weights is not None:
-        got["weights"] = np.asarray(weights)
-    compare(model, kind, lengths, got, want)
-    return cache
+def draw_arrays(config, steps, rng):
+    """Returns inputs of all steps, batch first, and masks, by the steps' names."""
+    batch, room, heads = (config[n] for n in ("batch", "room", "num_heads"))
+    rows, embed = batch or 1, heads * config["head_dim"]
+    widths = dict(query=embed, key=config["kdim"] or embed)
+    widths |= dict(value=config["vdim"] or embed)
+    dtype, arrays = jnp.dtype(config["dtype"]), {}
+    for name in ("keys", "values"):
+        x = rng.normal(size=(rows, heads, room, config["head_dim"]))
+        x = x.astype(cache_dtype(config))
+        arrays[name] = x if x.itemsize >= 4 else x.view(np.uint16)
+    if kind := config["key_padding_mask"]:
+        shape = [room] if batch is None else [batch, room]
+        arrays["key_padding_mask"] = layer.draw_mask(config, kind, shape, rng)
+    for step in (step for step in steps if step.kind != "reorder"):
+        for name, width in widths.items():
+            if name == "query" or step.kind != "look":
+                x = rng.normal(size=(rows, step.tgt_len, width))
+                arrays[step.name + name] = x.astype(dtype)
+        if kind := config["attn_mask"]:
+            lead = [rows * heads] if kind.endswith("heads") else []
+            shape = [*lead, step.tgt_len, room]
+            mask = layer.draw_mask(config, kind, shape, rng)
+            arrays[step.name + "attn_mask"] = mask
+    return arrays
 
 
-def compare(model, kind, lengths, got, want):
-    config = model.config
-    of_dtype({n: got[n] for n in got if n != "position"}, config["dtype"])
-    if config["batch"] is None:
-        for name in ("output", "weights"):
-            if name in got:
-                got[name] = got[name][None]
-    elif not config["batch_first"] and kind != "ragged":
-        got["output"] = got["output"].swapaxes(0, 1)
-    if kind == "ragged":
-        rows = np.arange(NEW[kind]) < lengths[:, None]
-        for name in ("output", "weights"):
-            if name in got:  # rows of padding mean nothing
-                axes = 1 if got[name].ndim == 3 else 2
-                is_row = rows.reshape(len(rows), *[1] * (axes - 1), -1, 1)
-                got[name] = np.where(is_row, got[name].astype(float), 0)
-                want[name] = np.where(is_row, want[name], 0)
-    dtypes = [config["dtype"]]
-    if config["cache_dtype"] != "same":
-        dtypes.append(config["cache_dtype"])
-    same(got, want, widest_tolerance(*dtypes))
+def arrays_of(step, arrays):
+    """Returns what a step is called with, by the names of arguments."""
+    own = {
+        name.removeprefix(step.name): x
+        for name, x in arrays.items()
+        if name.startswith(step.name)
+    }
+    return own | {n: x for n, x in arrays.items() if n == "key_padding_mask"}
 
 
-class Model:
-    """What a cache holds, as the tokens that were appended."""
-
-    def __init__(self, config, params, rng):
-        self.config, self.rng = config, rng
-        self.params = {n: x.astype(np.float64) for n, x in params.items()}
-        self.batch = config["batch"] or 1
-        embed = config["num_heads"] * config["head_dim"]
-        self.widths = embed, config["kdim"] or embed, config["vdim"] or embed
-        self.held = [
-            np.zeros((self.batch, config["room"], width)) for width in self.widths[1:]
-        ]
-        self.position = np.zeros(self.batch, int)
-        lead = [] if config["batch"] is None else [self.batch]
-        kind = config["key_padding_mask"]
-        self.padding = kind and layer.draw_mask(
-            config, kind, [*lead, config["room"]], rng
-        )
-
-    def empty(self):
-        dtype = self.config["cache_dtype"]
-        dtype = self.config["dtype"] if dtype == "same" else dtype
-        sizes = (self.config[n] for n in ("room", "num_heads", "head_dim"))
-        return KeyValueCache.empty(self.batch, *sizes, dtype)
-
-    def reorder(self, order):
-        self.held = [x[order] for x in self.held]
-        self.position = self.position[order]
-
-    def overflows(self, kind):
-        return max(self.position) + NEW.get(kind, 0) > self.config["room"]
-
-    def draw(self, kind):
-        """Returns the inputs of a step, batch first, and their lengths if ragged."""
-        config, new = self.config, NEW.get(kind, LOOKING)
-        names = ("query",) if kind == "look" else ("query", "key", "value")
-        arrays = {
-            name: self.rng.normal(size=(self.batch, new, width))
-            for name, width in zip(names, self.widths, strict=False)
-        }
-        arrays = {n: x.astype(jnp.dtype(config["dtype"])) for n, x in arrays.items()}
-        if self.padding is not None:
-            arrays["key_padding_mask"] = self.padding
-        if mask := config["attn_mask"]:
-            rows = self.batch * config["num_heads"]
-            lead = [rows] if mask.endswith("heads") else []
-            shape = [*lead, new, config["room"]]
-            arrays["attn_mask"] = layer.draw_mask(config, mask, shape, self.rng)
-        if kind != "ragged":
-            return arrays, None
-        return arrays, self.rng.integers(0, new + 1, self.batch)
-
-    def step(self, kind, arrays, lengths):
-        """Appends what is new, and returns all results."""
-        config, room = self.config, self.config["room"]
-        first, new = self.position.copy(), NEW.get(kind, 0)
-        if new:
-            is_lost = first + new > room
-            lengths = np.full(self.batch, new) if lengths is None else lengths
-            for n in np.flatnonzero(~is_lost):
-                end = first[n] + lengths[n]
-                for held, name in zip(self.held, ("key", "value"), strict=True):
-                    held[n, first[n] : end] = arrays[name][n, : lengths[n]]
-            self.position = np.where(is_lost, room + 1, first + lengths)
+def by_definition(config, steps, constants, leaves):
+    """Returns the results of all steps, each from all tokens so far."""
+    room, dtype = config["room"], np.result_type(*leaves.values())
+    embed, results = config["num_heads"] * config["head_dim"], {}
+    widths = config["kdim"] or embed, config["vdim"] or embed
+    tokens = [np.zeros((config["batch"] or 1, room, width), dtype) for width in widths]
+    for step in (step for step in steps if step.fits):
+        before, after = step.held
+        if step.kind == "reorder":
+            tokens = [x[step.order] for x in tokens]
+            continue
+        arrays = arrays_of(step, leaves | constants)
+        is_lost = after > room
+        for n in np.flatnonzero(~is_lost & (step.kind != "look")):
+            new = slice(before[n], after[n])
+            for x, name in zip(tokens, ("key", "value"), strict=True):
+                x[n, new] = arrays[name][n, : after[n] - before[n]]
         out, weights = definition.multi_head(
-            self.params,
-            arrays["query"].astype(float),
-            *self.held,
+            leaves,
+            *(arrays["query"], *tokens),
             num_heads=config["num_heads"],
-            additive=self.additive(arrays, first, is_looking=not new),
+            additive=additive(config, step, arrays),
             **pick(config, "add_zero_attn", "need_weights"),
         )
-        is_lost = self.position > room
-        out[is_lost] = weights[is_lost] = np.nan
         if config["average_attn_weights"]:
             weights = weights.mean(axis=1)
-        results = {"position": self.position, "output": out}
-        return results | ({"weights": weights} if config["need_weights"] else {})
+        out[is_lost] = weights[is_lost] = np.nan
+        weights = weights if config["need_weights"] else None
+        results |= shown(np, step, out, weights, after)
+    return results
 
-    def additive(self, arrays, first, *, is_looking):
-        """Returns what is added to the logits of all that there is room for."""
-        config, room = self.config, self.config["room"]
-        tgt_len = arrays["query"].shape[1]
-        extra = config["add_bias_kv"] + config["add_zero_attn"]
-        given = {n: arrays.get(n) for n in ("attn_mask", "key_padding_mask")}
-        by_position = config | {"is_causal": False}
-        total = layer.additive(by_position, given, self.batch, tgt_len, room, extra)
-        last = self.position[:, None] - 1
-        if config["is_causal"] and not is_looking:
-            last = np.minimum(last, first[:, None] + np.arange(tgt_len))
-        column = np.arange(room + extra)
-        is_open = (column <= last[..., None]) | (column >= room)
-        return total + np.where(is_open[:, None], 0, -np.inf)
+
+def additive(config, step, arrays):
+    """Returns what is added to the logits of all that there is room for."""
+    room, (before, after) = config["room"], step.held
+    extra = config["add_bias_kv"] + config["add_zero_attn"]
+    given = {n: arrays.get(n) for n in ("attn_mask", "key_padding_mask")}
+    by_position = config | {"is_causal": False}
+    total = layer.additive(by_position, given, len(after), step.tgt_len, room, extra)
+    last = after[:, None] - 1
+    if config["is_causal"] and step.kind != "look":
+        last = np.minimum(last, before[:, None] + np.arange(step.tgt_len))
+    column = np.arange(room + extra)
+    is_open = (column <= last[..., None]) | (column >= room)
+    return total + np.where(is_open[:, None], 0, -np.inf)
+
+
+def shown(library, step, out, weights, position):
+    """Returns a step's results by name, all batch first; rows of padding are 0."""
+    found = {"output": out} | ({} if weights is None else {"weights": weights})
+    if step.lengths is not None:
+        is_row = np.arange(step.tgt_len) < step.lengths[:, None]
+        for name, x in found.items():
+            beside = is_row.reshape(len(is_row), *[1] * (x.ndim - 3), -1, 1)
+            found[name] = library.where(beside, x, library.zeros((), x.dtype))
+    found["position"] = position.astype(np.float32)
+    return {step.name + name: x for name, x in found.items()}
+
+
+# --- Ours ----------------------------------------------------------------------------
+
+
+def decoded(config, steps, take, leaves, params, rest):
+    """Returns the results of all steps."""
+    arrays, results = leaves | rest, {}
+    position = jnp.zeros(config["batch"] or 1, jnp.int32)
+    start = jnp.asarray(arrays["keys"]), jnp.asarray(arrays["values"]), position
+    cache = KeyValueCache(*start, cache_dtype(config))
+    for step in steps:
+        if step.kind == "reorder":
+            cache = jax.tree.map(lambda x, order=step.order: x[order], cache)
+            continue
+        given = params, cache, arrays_of(step, arrays), step.lengths
+        if not step.fits:
+            _is_refused(step, take, given)
+            continue
+        out, weights, cache = take(step.kind, *given)
+        results |= shown(jnp, step, out, weights, cache.position)
+    return results
+
+
+def _is_refused(step, take, given):
+    try:
+        take(step.kind, *given)
+    except ValueError:
+        return
+    raise Mismatch(f"{step.name}what does not fit raises no error")
 
 
 @functools.lru_cache(maxsize=2)
 def program(items):
-    """Returns `step(kind, params, cache, arrays, lengths)`, and what converts params.
+    """Returns `take(kind, params, cache, arrays, lengths)`, and what converts params.
 
     Programs of each kind of step are compiled once.
     """
     config = dict(items)
-    call, convert = OURS[config["api"]](config)
-
-    def step(kind, params, cache, arrays, lengths):
-        given = dict(arrays)
-        if kind == "ragged":
-            for name in ("query", "key", "value"):
-                given[name] = RaggedArray.from_padded(arrays[name], lengths)
-        else:
-            given |= {n: as_called(config, x) for n, x in inputs(arrays).items()}
-        arguments = layer.arguments_of(given)
-        options = pick(config, *layer.CALL)
-        if kind == "look":
-            arguments |= dict(key=None, value=None)
-            options["is_causal"] = False
-        out, weights, cache = call(params, cache, arguments | options)
-        return (
-            out.to_padded(max_len=NEW[kind]) if kind == "ragged" else out,
-            (weights),
-            cache,
-        )
-
-    if config["transform"] == "eager":
-        return step, convert
-    compiled = jax.jit(
-        step, static_argnums=0, compiler_options=transforms.QUICK, donate_argnums=2
-    )
-    return compiled, convert
-
-
-def inputs(arrays):
-    return {n: x for n, x in arrays.items() if n in ("query", "key", "value")}
-
-
-def as_called(config, x):
-    if config["batch"] is None:
-        return x[0]
-    return x if config["batch_first"] else x.swapaxes(0, 1)
-
-
-def _linen(config):
-    args, options = layer.constructor(config)
-    module = MultiheadAttention(*args, **options, decode=True)
-
-    def call(params, cache, arguments):
-        variables = {"params": params, "cache": {"kv": cache}}
-        (out, weights), updates = module.apply(
-            variables, **arguments, mutable=["cache"]
-        )
-        return out, weights, updates["cache"].get("kv", cache)
-
-    return call, layer.converters(config)[0]
-
-
-def _nnx(config):
-    args, options = layer.constructor(config)
-    graph, state = layer.nnx_parts(args, tuple(options.items()))
-
-    def call(params, cache, arguments):
-        nnx.replace_by_pure_dict(state, params)
-        mha = nnx.merge(graph, state)
-        mha.set_view(decode=True)
-        mha.cache = nnx.Cache(cache)
-        out, weights = mha(**arguments)
-        return out, weights, mha.cache.get_value()
-
-    return call, layer.converters(config)[0]
-
-
-def _functional(config):
-    attend, *_ = layer.OURS["functional"](config)
-
-    def call(params, cache, arguments):
-        flags = pick(arguments, *layer.CALL)
-        arrays = {n: x for n, x in arguments.items() if n not in flags}
-        return attend(arrays | {"cache": cache}, params, None, **flags)
-
-    return call, dict
-
-
-OURS = dict(functional=_functional, linen=_linen, nnx=_nnx)
+    take, *converters = calls.decoding(config)
+    if not config["compiled"]:
+        return take, *converters
+    options = {}
+    if config["transform"] == "eager":  # what has a derivative takes neither
+        options = dict(compiler_options=transforms.QUICK, donate_argnums=2)
+    return jax.jit(take, static_argnums=0, **options), *converters

@@ -36,7 +36,9 @@ def simplest(config, options, settle, fails):
     while is_simpler:
         is_simpler = False
         for name, values in options.items():
-            for value in values[: values.index(config[name])]:
+            # All of them are simpler than a value that `settle` has made.
+            own = values.index(config[name]) if config[name] in values else None
+            for value in values[:own]:
                 candidate = config | {name: value}
                 settle(candidate)
                 if candidate[name] == value and fails(candidate):

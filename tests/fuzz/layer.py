@@ -2,22 +2,12 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-import flax_mha.nnx
-from flax_mha import MultiheadAttention, functional
-from flax_mha.convert import params_from_state_dict, state_dict_from_params
-from tests.fuzz import definition, torch_side, transforms
-from tests.fuzz.comparing import (
-    against_definition,
-    against_torch,
-    of_dtype,
-    widest_tolerance,
-)
+from tests.fuzz import calls, definition, torch_side, transforms
+from tests.fuzz.comparing import against_definition, of_dtype, widest_tolerance
 from tests.fuzz.drawing import generator, pick
 
 OPTIONS = {
@@ -58,8 +48,6 @@ OPTIONS = {
 }
 SAME = 4
 VALUES = ("lowest", "dead_row")  # for which no other program is compiled
-CONSTRUCTOR = ("dropout", "bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim")
-CALL = ("need_weights", "average_attn_weights", "is_causal")
 # Where each operation is compiled by itself, for each shape: so that most have been.
 FEW_SHAPES = dict(tgt_len=3, num_heads=2, head_dim=5)
 
@@ -112,7 +100,7 @@ def check(config):
     constants = {n: x for n, x in arrays.items() if x.dtype == bool}
     with jax.enable_x64(config["x64"]), jax.numpy_dtype_promotion(config["promotion"]):
         key = jax.random.key(config["numbers"])
-        seed = SEED[config["api"]](key)
+        seed = calls.SEED[config["api"]](key)
         run = program(tuple((n, config[n]) for n in OPTIONS if n not in VALUES))
         ours = run(leaves, params, constants | {"rng": key}, config["numbers"])
         dtype = result_dtype(config)
@@ -123,17 +111,17 @@ def check(config):
     against_definition(define, leaves | params, params, ours, tolerance)
     if torch_side.can_run(config):
         call = functools.partial(torch_side.layer, config)
-        against_torch(torch_side.results(call, params, arrays, ours), ours, tolerance)
+        torch_side.compare(call, params, arrays, ours, tolerance, dtype)
 
 
 @functools.lru_cache(maxsize=4)
 def program(items):
     """Returns what all configurations run that differ in `VALUES` alone."""
     config = dict(items)
-    call, convert, restore = OURS[config["api"]](config)
+    call, convert, restore = calls.OURS[config["api"]](config)
 
     def function(leaves, params, rest):
-        out, weights = call(arguments_of(leaves | rest), params, rest["rng"])
+        out, weights = call(calls.arguments_of(leaves | rest), params, rest["rng"])
         return {"output": out} | ({} if weights is None else {"weights": weights})
 
     return transforms.Program(config["transform"], function, convert, restore)
@@ -142,7 +130,7 @@ def program(items):
 def by_definition(config, constants, seed, leaves):
     """Returns the results of one set of arrays."""
     names = ("query", "key", "value")
-    given = arguments_of(leaves | constants)
+    given = calls.arguments_of(leaves | constants)
     query, key, value = (_batch_first(config, given[name]) for name in names)
     batch, tgt_len, _ = query.shape
     statics = {n: given[n] for n in ("static_k", "static_v") if n in given}
@@ -283,18 +271,6 @@ def _kinds(config):
     return {config["key_padding_mask"], config["attn_mask"]}
 
 
-def arguments_of(arrays):
-    """Returns the arguments of a call, where one array may stand for several."""
-    key = arrays.get("key", arrays["query"])
-    masks = {n: arrays.get(n) for n in ("key_padding_mask", "attn_mask")}
-    statics = {n: x for n, x in arrays.items() if n.startswith("static")}
-    return (
-        {"query": arrays["query"], "key": key, "value": arrays.get("value", key)}
-        | masks
-        | statics
-    )
-
-
 def _batch_first(config, x, *, back=False):
     """Returns (batch, length, features), or an output as the caller has it."""
     if config["batch"] is None:
@@ -309,96 +285,3 @@ def result_dtype(config):
         config["param_dtype"] if config["param_dtype"] != "same" else config["dtype"]
     )
     return jnp.promote_types(config["dtype"], params)
-
-
-# --- Ours: what is called, with its parameters to and from PyTorch's; dropout's seeds -
-
-
-def constructor(config):
-    options = pick(config, *CONSTRUCTOR, "batch_first", "implementation")
-    return (
-        config["num_heads"] * config["head_dim"],
-        config["num_heads"],
-    ), options | dict(dtype=config["compute"], deterministic=config["deterministic"])
-
-
-def converters(config):
-    to_ours = functools.partial(params_from_state_dict, num_heads=config["num_heads"])
-    return to_ours, state_dict_from_params
-
-
-def _seed(key):
-    return np.asarray(jax.random.bits(key, (2,), jnp.uint32))
-
-
-class _Dropout(nn.Module):
-    @nn.compact
-    def __call__(self):
-        return self.make_rng("dropout")
-
-
-def _linen_seed(key):
-    return _seed(_Dropout().apply({}, rngs={"dropout": key}))
-
-
-def _linen(config):
-    args, options = constructor(config)
-    module = MultiheadAttention(*args, **options)
-
-    def call(arguments, params, key):
-        options = pick(config, *CALL) | dict(rngs={"dropout": key})
-        return module.apply({"params": params}, **arguments, **options)
-
-    return call, *converters(config)
-
-
-@functools.lru_cache(maxsize=1000)
-def nnx_parts(args, options):
-    abstract = nnx.eval_shape(
-        lambda: flax_mha.nnx.MultiheadAttention(
-            *args, **dict(options), rngs=nnx.Rngs(0), keep_rngs=False
-        )
-    )
-    return nnx.split(abstract)
-
-
-def _nnx(config):
-    args, options = constructor(config)
-    graph, state = nnx_parts(args, tuple(options.items()))
-
-    def call(arguments, params, key):
-        nnx.replace_by_pure_dict(state, params)
-        mha = nnx.merge(graph, state)
-        return mha(**arguments, **pick(config, *CALL), rngs=key)
-
-    return call, *converters(config)
-
-
-def _functional(config):
-    embed = config["num_heads"] * config["head_dim"]
-    names = ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v")
-
-    def call(arguments, params, key, **flags):
-        separate = {n: x for n, x in params.items() if n.endswith("_proj_weight")}
-        return functional.multi_head_attention_forward(
-            **arguments,
-            embed_dim_to_check=embed,
-            num_heads=config["num_heads"],
-            **{name: params.get(name) for name in names},
-            **{n: x for n, x in separate.items() if n != "in_proj_weight"},
-            use_separate_proj_weight="in_proj_weight" not in params,
-            add_zero_attn=config["add_zero_attn"],
-            dropout_p=config["dropout"],
-            out_proj_weight=params["out_proj.weight"],
-            out_proj_bias=params.get("out_proj.bias"),
-            training=not config["deterministic"],
-            dropout_rng=key,
-            implementation=config["implementation"],
-            **pick(config, *CALL) | flags,
-        )
-
-    return call, dict, dict
-
-
-OURS = {"linen": _linen, "nnx": _nnx, "functional": _functional}
-SEED = {"linen": _linen_seed, "nnx": _seed, "functional": _seed}

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from flax_mha import MultiheadAttention
 from flax_mha.sharding import length_by, param_shardings
+from tests.fuzz import transforms
 from tests.fuzz.comparing import same
 from tests.fuzz.drawing import generator, pick
 
@@ -20,7 +21,7 @@ AXES = ("data", "fsdp", "tensor")
 OPTIONS = {
     "axes": ["explicit", "rules", "mixed"],
     "shape": [(1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)],
-    "transform": ["none", "remat", "scan", "vmap", "jvp", "hvp"],
+    "transform": ["grad", "remat", "scan", "vmap", "jvp", "hvp"],
     "implementation": [None, None, "blockwise", "reference"],
     "batch": [4, 8, 3, 1],
     "batch_over": [("data", "fsdp"), ("data",), ()],
@@ -53,8 +54,6 @@ def settle(config):
     """Changes options that exclude each other."""
     if config["src_len"] is None:
         config["kdim"] = None
-    if config["transform"] in ("scan", "vmap"):
-        config["src_len"] = config["kdim"] = None
     if config["tgt_len"] > 100:
         config.update(batch=min(config["batch"], 4), num_heads=4)
     config["batch_over"] = tuple(
@@ -99,10 +98,12 @@ def parts(config, name):
 def check(config):
     """Raises `Mismatch` if a mesh has other numbers than one device."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        function, args, names = program(config)
-        want = jax.jit(function)(*args)
+        function, arrays, params = program(config)
+        step = transforms.STEPS[config["transform"]](function)
+        want = jax.jit(step)(*arguments(config, arrays, params))
         with on_mesh(config) as mesh:
-            got = jax.jit(function)(*placed(config, mesh, args, names))
+            args = arguments(config, *placed(config, mesh, arrays, params))
+            got = jax.jit(step)(*args)
     flat = functools.partial(jax.tree_util.tree_flatten_with_path)
     by_name = [
         {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat(tree)[0]}
@@ -112,8 +113,18 @@ def check(config):
     same(*by_name, 1e-11, least=largest / 100)
 
 
+def arguments(config, arrays, params):
+    """Returns what a step takes; see `transforms`."""
+    leaves = {n: x for n, x in arrays.items() if x.dtype != bool}
+    rest = {n: x for n, x in arrays.items() if x.dtype == bool}
+    at = leaves, params
+    if config["transform"] == "jvp":
+        return at, jax.tree.map(jnp.sin, at), rest
+    return *at, rest
+
+
 def program(config):
-    """Returns a function, its arguments, and names of the axes of the inputs."""
+    """Returns a function, the arrays that it takes by name, and its parameters."""
     rng = generator(config)
     heads, tgt_len = config["num_heads"], config["tgt_len"]
     embed, batch = heads * config["head_dim"], config["batch"]
@@ -142,19 +153,22 @@ def program(config):
     params = mha.init(keys, *inputs)["params"]
     params = jax.tree.map(lambda x: np.asarray(x + 0.1 * jnp.cos(x * 50)), params)
 
-    def call(params, arrays):
-        masks = {n: arrays[n] for n in arrays if n.endswith("mask")}
+    def function(leaves, params, rest):
+        arrays = leaves | rest
         query = arrays["query"]
         out, weights = mha.apply(
             {"params": params},
             *(query, arrays.get("key", query), arrays.get("value", query)),
-            **masks,
+            **{n: x for n, x in arrays.items() if n.endswith("mask")},
             **pick(config, *CALL),
             rngs={"dropout": jax.random.key(2)},
         )
         return {"out": out} | ({} if weights is None else {"weights": weights})
 
-    return TRANSFORMS[config["transform"]](call), (params, arrays), names_of(config)
+    if config["transform"] in transforms.OF_SETS:
+        pairs = {n: np.stack([x, -x]) for n, x in arrays.items() if x.dtype != bool}
+        arrays |= pairs
+    return function, arrays, params
 
 
 def draw_masks(config, rng, batch, heads, tgt_len, src_len):
@@ -222,92 +236,23 @@ def rules_of(config):
     )
 
 
-def placed(config, mesh, args, names):
-    params, arrays = args
-    rules = dict(rules_of(config))
-    spec = {"batch": config["batch_over"], "heads": ("tensor",)}
-    spec["length"] = config["length_over"]
+def placed(config, mesh, arrays, params):
+    """Returns both as the mesh divides them; no axis of sets."""
+    rules = rules_of(config)
+    names, spec = names_of(config), {"batch": config["batch_over"], None: ()}
+    spec |= {"length": config["length_over"], "heads": ("tensor",)}
+    has_sets = config["transform"] in transforms.OF_SETS
 
     def put(name, x):
-        axes = [spec.get(axis, ()) for axis in names.get(name, ())]
-        sizes = [np.prod([mesh.shape[a] for a in part], dtype=int) for part in axes]
+        axes = names.get(name, ())
+        axes = (None, *axes) if has_sets and x.dtype != bool else axes
+        parts = [spec[axis] for axis in axes]
+        sizes = [np.prod([mesh.shape[a] for a in part], dtype=int) for part in parts]
         fitting = [
             part if x.shape[n] % size == 0 else ()
-            for n, (part, size) in enumerate(zip(axes, sizes, strict=True))
+            for n, (part, size) in enumerate(zip(parts, sizes, strict=True))
         ]
         return jax.device_put(x, NamedSharding(mesh, P(*fitting)))
 
-    shardings = param_shardings(params, mesh, tuple(rules.items()))
     arrays = {name: put(name, x) for name, x in arrays.items()}
-    return jax.device_put(params, shardings), arrays
-
-
-def loss_of(call):
-    def loss(params, floats, rest):
-        results = call(params, floats | rest)
-        waves = [
-            jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)))
-            for x in results.values()
-        ]
-        return sum(waves), results
-
-    return loss
-
-
-def split(arrays):
-    floats = {n: x for n, x in arrays.items() if x.dtype != bool}
-    return floats, {n: x for n, x in arrays.items() if x.dtype == bool}
-
-
-def plain(call):
-    def step(params, arrays):
-        loss = jax.value_and_grad(loss_of(call), argnums=(0, 1), has_aux=True)
-        return loss(params, *split(arrays))
-
-    return step
-
-
-def remat(call):
-    return plain(jax.checkpoint(call))
-
-
-def scan(call):
-    def three(params, arrays):
-        def step(query, _):
-            return call(params, arrays | {"query": query})["out"], None
-
-        return {"out": jax.lax.scan(step, arrays["query"], None, length=3)[0]}
-
-    return plain(three)
-
-
-def vmap(call):
-    def both(params, arrays):
-        pair = jnp.stack([arrays["query"], arrays["query"] * 2])
-        return jax.vmap(lambda x: call(params, arrays | {"query": x}))(pair)
-
-    return plain(both)
-
-
-def jvp(call):
-    def step(params, arrays):
-        floats, rest = split(arrays)
-        along = jax.tree.map(jnp.sin, (params, floats))
-        return jax.jvp(lambda p, f: call(p, f | rest), (params, floats), along)
-
-    return step
-
-
-def hvp(call):
-    def step(params, arrays):
-        floats, rest = split(arrays)
-
-        def gradient(params):
-            return jax.grad(loss_of(call), has_aux=True)(params, floats, rest)[0]
-
-        return jax.jvp(gradient, (params,), (jax.tree.map(jnp.sin, params),))
-
-    return step
-
-
-TRANSFORMS = dict(none=plain, remat=remat, scan=scan, vmap=vmap, jvp=jvp, hvp=hvp)
+    return arrays, jax.device_put(params, param_shardings(params, mesh, rules))

@@ -8,12 +8,7 @@ import numpy as np
 
 from flax_mha.functional import scaled_dot_product_attention
 from tests.fuzz import definition, torch_side, transforms
-from tests.fuzz.comparing import (
-    against_definition,
-    against_torch,
-    of_dtype,
-    widest_tolerance,
-)
+from tests.fuzz.comparing import against_definition, of_dtype, widest_tolerance
 from tests.fuzz.drawing import generator, pick
 
 OPTIONS = {
@@ -30,7 +25,7 @@ OPTIONS = {
     "head_dim": [1, 2, 4, 5, 0],
     "value_dim": [None, None, 3, 0],
     "attn_mask": [None, "bool", "float"],
-    "mask_shape": ["two", "all", "all", "one_row", "no_heads", "one_column"],
+    "mask_shape": ["two", *["all"] * 2, "inner", "one_row", "no_heads", "one_column"],
     "is_causal": [False, False, True],
     "scale": [None, 0.3, -1.5],
     "dropout": [0.0, 0.0, 0.0, 0.3, 1.0],
@@ -38,6 +33,7 @@ OPTIONS = {
 }
 SAME = 4
 VALUES = ("dead_row",)
+LEADING = ("single", "lacking")
 FEW_SHAPES = dict(tgt_len=3, src_len=7, head_dim=2, value_dim=3, leading=(2, 4))
 
 
@@ -52,14 +48,18 @@ def settle(config):
         config.update(single=None, lacking=None)
     if config["heads"]:
         config["lacking"] = None
+    settle_mask(config)
+    if config["tgt_len"] > 100:
+        config["src_len"] = min(config["src_len"], 33)
+
+
+def settle_mask(config):
     if config["attn_mask"]:
         config["is_causal"] = False
     else:
         config.update(mask_shape="two", dead_row=False)
     if config["attn_mask"] == "float" and config["mask_shape"] == "one_column":
         config["dtype"] = "float64"  # as its gradient, of what changes nothing, is 0
-    if config["tgt_len"] > 100:
-        config["src_len"] = min(config["src_len"], 33)
 
 
 def check(config):
@@ -71,13 +71,14 @@ def check(config):
     seed = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
     run = program(tuple((n, config[n]) for n in OPTIONS if n not in VALUES))
     ours = run(leaves, {}, constants | {"rng": key}, config["numbers"])
-    of_dtype(ours.results, config["dtype"])
-    tolerance = widest_tolerance(config["dtype"])
+    dtype = jnp.dtype(config["dtype"])
+    of_dtype(ours.results, dtype)
+    tolerance = widest_tolerance(dtype)
     define = functools.partial(by_definition, config, constants, seed)
     against_definition(define, leaves, {}, ours, tolerance)
     if torch_side.is_installed() and can_torch(config):
         call = functools.partial(in_torch, config)
-        against_torch(torch_side.results(call, {}, arrays, ours), ours, tolerance)
+        torch_side.compare(call, {}, arrays, ours, tolerance, dtype)
 
 
 @functools.lru_cache(maxsize=4)
@@ -102,23 +103,24 @@ def program(items):
 
 def by_definition(config, constants, seed, leaves):
     """Returns the results of one set of arrays."""
-    given = leaves | constants
+    shape = *config["leading"], config["tgt_len"], config["src_len"]
+    outer, rest = shape[:-3], (1, *shape)[-3:]
+    rows = np.prod(outer, dtype=int)
+    factors = definition.factors(seed, config["dropout"], (rows, *rest))
+    out = attended(config, leaves | constants, factors.reshape(shape))
+    leading = config["leading"]
+    return {"output": np.broadcast_to(out, (*leading, *out.shape[-2:]))}
+
+
+def attended(config, given, factors):
+    """Returns what queries get, by the definition and dropout's factors."""
     query, key, value = (given[name] for name in ("query", "key", "value"))
     if config["heads"]:
         times = config["leading"][-1] // config["heads"]
         key, value = (np.repeat(x, times, axis=-3) for x in (key, value))
     scale = config["scale"] or 1 / np.sqrt(config["head_dim"] or 1)
-    shape = *config["leading"], config["tgt_len"], config["src_len"]
-    outer, rest = shape[:-3], (1, *shape)[-3:]
-    rows = np.prod(outer, dtype=int)
-    factors = definition.factors(seed, config["dropout"], (rows, *rest))
-    out, _ = definition.attention(
-        *(query * scale, key, value),
-        additive(config, given.get("attn_mask")),
-        factors.reshape(shape),
-    )
-    leading = config["leading"]
-    return {"output": np.broadcast_to(out, (*leading, *out.shape[-2:]))}
+    masks = additive(config, given.get("attn_mask"))
+    return definition.attention(query * scale, key, value, masks, factors)[0]
 
 
 def additive(config, mask):
@@ -159,6 +161,8 @@ def draw_mask(config, sets, rng):
     leading, shape = [*config["leading"]], [config["tgt_len"], config["src_len"]]
     if config["mask_shape"] == "all":
         shape = leading + shape
+    elif config["mask_shape"] == "inner":  # of all but the outermost
+        shape = leading[1:] + shape
     elif config["mask_shape"] == "no_heads":
         shape = [*leading[:-1], *[1][: len(leading)], *shape]
     elif config["mask_shape"] == "one_row":

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 
+from tests.fuzz.comparing import against_torch
 from tests.fuzz.drawing import pick
 
 
@@ -34,21 +35,37 @@ def can_run(config, *, wants_mask=True):
     )
 
 
-def results(call, params, arrays, ours):
+def compare(call, params, arrays, ours, tolerance, dtype):
+    """Checks ours against PyTorch's in float64.
+
+    In narrower dtypes, against its own error in that dtype, too.
+    """
+    args = call, params, arrays, ours
+    is_narrow = dtype.itemsize < 4
+    own = results(*args, dtype.name) if is_narrow else None
+    against_torch(results(*args), ours, tolerance, own)
+
+
+def results(call, params, arrays, ours, dtype="float64"):
     """Returns PyTorch's results, and its gradients, "d_" before their names.
 
     Args:
         call: `call(params, arrays)` returns them by name, of tensors by name.
         arrays: All of them; floating ones of each set, if there are sets.
         ours: Whose cotangents are taken.
+        dtype: That it computes in. Gradients are of the arrays' own if that is narrow.
     """
+    with_gradients = bool(ours.gradients)
+
+    def of_one_set(arrays, cotangents):
+        return _of_one_set(call, arrays, params, cotangents, with_gradients, dtype)
+
     if not ours.has_sets:
-        return _of_one_set(call, params, arrays, ours.cotangents, bool(ours.gradients))
+        return of_one_set(arrays, ours.cotangents)
     sets = []
     for s in range(2):
         one = {n: x if x.dtype == bool else x[s] for n, x in arrays.items()}
-        cotangents = {n: x[s] for n, x in ours.cotangents.items()}
-        sets.append(_of_one_set(call, params, one, cotangents, bool(ours.gradients)))
+        sets.append(of_one_set(one, {n: x[s] for n, x in ours.cotangents.items()}))
     shared = {f"d_{name}" for name in params}
     return {
         name: sum(one[name] for one in sets)
@@ -58,33 +75,43 @@ def results(call, params, arrays, ours):
     }
 
 
-def _of_one_set(call, params, arrays, cotangents, with_gradients):
+def _of_one_set(call, arrays, params, cotangents, with_gradients, dtype):
     import torch
 
-    def tensor(x):
-        is_bool = x.dtype == bool
-        return torch.tensor(
-            x if is_bool else x.astype(np.float64), requires_grad=not is_bool
-        )
-
-    tensors = {name: tensor(x) for name, x in (arrays | params).items()}
+    wanted = getattr(torch, dtype)
+    tensors = {name: _tensor(x, dtype) for name, x in (arrays | params).items()}
+    leaves = {n: x for n, x in tensors.items() if x.is_floating_point()}
+    given = tensors | {n: x.requires_grad_().to(wanted) for n, x in leaves.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Support for mismatched")
-        found = call({n: tensors[n] for n in params}, tensors)
-    results = {name: x.detach().numpy() for name, x in found.items()}
+        found = call({n: given[n] for n in params}, given)
+    results = {name: _array(x.detach()) for name, x in found.items()}
     if not with_gradients:
         return results
-    leaves = {n: x for n, x in tensors.items() if x.requires_grad}
     gradients = torch.autograd.grad(
         list(found.values()),
         list(leaves.values()),
-        [torch.tensor(cotangents[n].astype(np.float64)) for n in found],
+        [_tensor(cotangents[n], "float64").to(wanted) for n in found],
         allow_unused=True,  # a mask that the is_causal hint replaces
         materialize_grads=True,
     )
     return results | {
-        f"d_{name}": d.numpy() for name, d in zip(leaves, gradients, strict=True)
+        f"d_{name}": _array(d) for name, d in zip(leaves, gradients, strict=True)
     }
+
+
+def _tensor(x, dtype):
+    """Returns a tensor; in float64 all are, and otherwise of the dtype of the array."""
+    import torch
+
+    if x.dtype == bool:
+        return torch.tensor(x)
+    own = dtype if dtype == "float64" else x.dtype.name
+    return torch.tensor(x.astype(np.float64)).to(getattr(torch, own))
+
+
+def _array(tensor):
+    return tensor.double().numpy()
 
 
 def layer(config, params, tensors):

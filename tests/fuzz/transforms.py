@@ -46,7 +46,7 @@ class Program:
     restore: Callable = dict
 
     def __post_init__(self):
-        compiles = self.transform != "eager" and self.transform != "eager_grad"
+        compiles = not self.transform.startswith("eager")
         step = STEPS[self.transform](self.function)
         step = jax.jit(step, compiler_options=QUICK) if compiles else step
         object.__setattr__(self, "step", step)
@@ -62,7 +62,7 @@ class Program:
             seed: Of what derivatives are along.
         """
         at = leaves, self.convert(params)
-        if self.transform == "jvp":
+        if self.transform in ("jvp", "eager_jvp"):
             signs = directions(leaves | params, seed)
             along = self._along(leaves, signs), self.convert(self._along(params, signs))
             results, tangents = self.step(at, along, rest)
@@ -102,11 +102,14 @@ def directions(leaves, seed):
 
 def _with_gradients(function):
     def step(leaves, params, rest):
-        def call(leaves, params):
-            return function(leaves, params, rest)
+        def loss(leaves, params):
+            results = function(leaves, params, rest)
+            along = cotangents(results)
+            terms = [jnp.sum(x * along[name]) for name, x in results.items()]
+            return sum(term.astype(jnp.float32) for term in terms), results
 
-        results, pull_back = jax.vjp(call, leaves, params)
-        return results, pull_back(cotangents(results))
+        gradients, results = jax.grad(loss, (0, 1), has_aux=True)(leaves, params)
+        return results, gradients
 
     return step
 
@@ -141,14 +144,28 @@ def _jvp(function):
     return push
 
 
+def _hvp(function):
+    gradients = _with_gradients(function)
+
+    def step(leaves, params, rest):
+        def of(params):
+            return gradients(leaves, params, rest)[1]
+
+        return jax.jvp(of, (params,), (jax.tree.map(jnp.sin, params),))
+
+    return step
+
+
 STEPS = dict(
     eager=lambda function: function,
     eager_grad=_with_gradients,
+    eager_jvp=_jvp,
     jit=lambda function: function,
     grad=_with_gradients,
     remat=_remat,
     remat_names=_remat_names,
     jvp=_jvp,
+    hvp=_hvp,
     vmap=_vmap,
     scan=_scan,
 )
