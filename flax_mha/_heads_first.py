@@ -188,12 +188,15 @@ class Cached(HeadsFirst):
         return self._as_padded(call._replace(key=key, value=value, mask=mask))
 
     def _all_columns(self, weights: Array | None, call: Call) -> Array | None:
-        """Returns weights with zeros for the room that is left."""
+        """Returns weights with zeros for the room that is left.
+
+        Or NaN there too, as where the cache had held something, in rows of NaN.
+        """
         if weights is None:
             return None
         room = (*weights.shape[:-1], call.key.shape[2] - self.new)
         parts = jnp.split(weights, [self.new], axis=-1)
-        parts.insert(1, jnp.zeros(room, weights.dtype))
+        parts.insert(1, jnp.broadcast_to(weights[..., :1] * 0, room))
         return jnp.concatenate(parts, axis=-1)
 
     def _masked(self, call: Call) -> Call:

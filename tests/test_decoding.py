@@ -114,6 +114,14 @@ def test_every_step_equals_the_full_forward_pass(options, chunks):
     assert cache.position.tolist() == [LENGTH] * BATCH
 
 
+def test_weights_of_nothing_are_nan_for_all_that_there_is_room_for():
+    blocked = np.zeros((40, ROOM), bool)
+    blocked[7] = True
+    params, x = parameters(), normal(BATCH, 40, EMBED, seed=21)
+    _, weights, _ = attend(params, x, cache=empty(), attn_mask=blocked)
+    assert (np.isnan(weights) == blocked).all()
+
+
 @pytest.mark.parametrize(
     "dtype, cache_dtype, tolerance",
     [

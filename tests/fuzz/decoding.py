@@ -64,6 +64,8 @@ def settle(config):
         config["batch_first"] = True
     if not config["compiled"]:
         config.update(room=24, num_heads=2, head_dim=4)
+    if jnp.dtype(config["dtype"]).itemsize < 4:
+        config["head_dim"] = 4  # of one number, rounding may be all that is left
     if not config["need_weights"]:
         config["average_attn_weights"] = True
     if config["transform"] != "eager" and cache_dtype(config).itemsize < 4:

@@ -88,7 +88,7 @@ def cotangents(results):
     rng = np.random.default_rng(0)
     return {
         name: (rng.integers(-4, 13, x.shape) / 4).astype(x.dtype)
-        for name, x in results.items()
+        for name, x in sorted(results.items())  # as JAX returns a dict
     }
 
 
@@ -106,7 +106,8 @@ def _with_gradients(function):
             results = function(leaves, params, rest)
             along = cotangents(results)
             terms = [jnp.sum(x * along[name]) for name, x in results.items()]
-            return sum(term.astype(jnp.float32) for term in terms), results
+            terms = [term.astype(jnp.float32) for term in terms]
+            return sum(terms, jnp.zeros((), jnp.float32)), results
 
         gradients, results = jax.grad(loss, (0, 1), has_aux=True)(leaves, params)
         return results, gradients
