@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from flax_mha._cache import KeyValueCache
 from flax_mha._checks import arguments, layer
@@ -21,18 +22,12 @@ _Three = tuple[Any, Any, Any]
 
 
 class CachedKeys(NamedTuple):
-    """What a cache holds after the call, as it lies for `layout`."""
+    """What a cache holds after the call, and what of it is attended to, as it lies."""
 
     cache: KeyValueCache
+    key: Array
+    value: Array
     layout: Cached
-
-    @property
-    def key(self) -> Array:
-        return self.cache.keys
-
-    @property
-    def value(self) -> Array:
-        return self.cache.values
 
 
 def of_layer(
@@ -104,14 +99,30 @@ class CachedSequences:
         new, cache = 0, self.cache
         if key is not None and value is not None:
             new, cache = key.shape[1], cache.append(key, value, self.lengths)
-        layout = Cached(cache.position, self.cache.position, new, cache.dtype)
-        return CachedKeys(cache, layout)
+        held, keys, values = cache.position, cache.keys, cache.values
+        if (query := self._to_be_alive) is not None:
+            # What has no key, and no query but padding, attends to zeros.
+            is_empty = (query.lengths == 0) & (held == 0)
+            keys, values = (
+                jnp.where(_beside(is_empty, x), jnp.zeros((), x.dtype), x)
+                for x in (keys, values)
+            )
+            held = jnp.where(is_empty, jnp.int32(1), held)
+        layout = Cached(held, self.cache.position, new, cache.dtype)
+        return CachedKeys(cache, keys, values, layout)
+
+    @property
+    def _to_be_alive(self) -> RaggedArray | None:
+        """Returns the query if its padding must attend to something: `Padded.alive`."""
+        return self.ragged if self.padded.masks.need_weights else None
 
     def mask(self, extra: Extra | None) -> Mask:
         # Beside a causal mask by position, `attn_mask` counts too.
         masks = self.padded.masks._replace(is_causal=False)
         (batch,), num_heads = self.cache.position.shape, self.padded.num_heads
         mask = masks.mask(batch=batch, num_heads=num_heads, extra=extra)
+        if (query := self._to_be_alive) is not None:
+            mask = mask.opened(query.lengths, query.max_len)
         return dataclasses.replace(mask, is_causal=self.padded.masks.is_causal)
 
     def result(

@@ -141,15 +141,8 @@ class Ragged(Places):
 
     def alive(self, call: Call) -> Call:
         """As that of `Padded`; all masks come to hold each query."""
-        queries, mask = self._queries(call.query), call.mask
-        is_query = _positions(queries) < queries.lengths[:, None]
-        is_query = is_query[:, None, :, None]
-
-        def opened(x):
-            return jnp.where(is_query, x, jnp.zeros((), x.dtype))
-
-        blocked, bias = (tuple(map(opened, x)) for x in (mask.blocked, mask.attn_bias))
-        mask = dataclasses.replace(mask, blocked=blocked, attn_bias=bias)
+        queries = self._queries(call.query)
+        mask = call.mask.opened(queries.lengths, queries.max_len)
         return call._replace(mask=mask)
 
     def unwise(self, call: Call) -> str | None:

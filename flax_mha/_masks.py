@@ -80,6 +80,22 @@ class Mask:
         """Returns the numbers of rows among all, which `is_causal` is about."""
         return at if self.rows is None else self.rows.number(at)
 
+    def opened(self, tgt_lens: ArrayLike, tgt_len: int) -> "Mask":
+        """Returns the mask without what it blocks of later queries, or adds to them.
+
+        Args:
+            tgt_lens: (batch,).
+            tgt_len: Of all.
+        """
+        row = jnp.arange(tgt_len, dtype=jnp.int32)[None, None, :, None]
+        is_query = row < jnp.asarray(tgt_lens)[:, None, None, None]
+
+        def opened(x):
+            return jnp.where(is_query, x, jnp.zeros((), x.dtype))
+
+        blocked, bias = (tuple(map(opened, x)) for x in (self.blocked, self.attn_bias))
+        return dataclasses.replace(self, blocked=blocked, attn_bias=bias)
+
     def map(self, function: Callable[[MaskArray], MaskArray]) -> "Mask":
         """Returns the mask with `function` applied to each of its arrays."""
         return dataclasses.replace(

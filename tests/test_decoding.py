@@ -176,6 +176,33 @@ def test_sequences_at_different_positions():
     assert cache.position.tolist() == [10, 35]
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("tgt_len", [4, 20])
+def test_padding_is_in_no_gradient(tgt_len, implementation):
+    """Neither a masked row, nor a sequence that has nothing and gets nothing."""
+    blocked = np.zeros((BATCH * HEADS, tgt_len, ROOM), bool)
+    blocked[:, -1] = True
+    x = normal(BATCH, tgt_len, EMBED, seed=22)
+    cache = empty()
+    cache = KeyValueCache(cache.keys, cache.values + 1e9, cache.position, cache.dtype)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(params, x, need_weights):
+        query = RaggedArray.from_padded(x, np.array([3, 0]))
+        out, _, _ = attend(
+            *(params, query),
+            need_weights=need_weights,
+            implementation=implementation,
+            attn_mask=blocked,
+            cache=cache,
+        )
+        return jnp.sum(out.only_tokens().values ** 2)
+
+    want, got = (gradients(parameters(), x, wanted) for wanted in (False, True))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), got, want)
+
+
 @pytest.mark.parametrize("tgt_len", [1, 20])
 @pytest.mark.parametrize("lengths", [None, [9, 40]], ids=["full", "ragged"])
 def test_cross_attention_projects_its_keys_once(tgt_len, lengths):
