@@ -16,7 +16,7 @@ from flax_mha._dropout import Dropout, Part
 from flax_mha._kernels import _mosaic_flat, _mosaic_masks, _mosaic_spans
 from flax_mha._kernels._mosaic_sizes import Sizes
 from flax_mha._kernels._mosaic_tile import Setting, Shared
-from flax_mha._masks import Mask
+from flax_mha._masks import Mask, is_padding
 from flax_mha._typing import Array, Precision
 
 
@@ -143,9 +143,9 @@ def _bias_of_keys(mask: Mask, src_len: int, src: int) -> Array | None:
     parts = dataclasses.replace(
         mask,
         is_causal=False,
-        allowed=tuple(x for x in mask.allowed if x.shape[2] == 1),
-        blocked=tuple(x for x in mask.blocked if x.shape[2] == 1),
-        attn_bias=tuple(x for x in mask.attn_bias if x.shape[2] == 1),
+        allowed=tuple(filter(is_padding, mask.allowed)),
+        blocked=tuple(filter(is_padding, mask.blocked)),
+        attn_bias=tuple(filter(is_padding, mask.attn_bias)),
     )
     bias = parts.additive(1, src_len, jnp.float32)
     return None if bias is None else _pad(bias[:, :, 0], 2, src)
@@ -154,9 +154,9 @@ def _bias_of_keys(mask: Mask, src_len: int, src: int) -> Array | None:
 def _masks_of_rows(mask: Mask) -> list[tuple[Array, int]]:
     """Returns the other masks as kernels read them, and what they say of open keys."""
     allowed = [*mask.allowed, *(~x for x in mask.blocked)]
-    masks = [(x.astype(jnp.int8), 1) for x in allowed if x.shape[2] > 1]
+    masks = [(x.astype(jnp.int8), 1) for x in allowed if not is_padding(x)]
     for x in mask.attn_bias:
-        if x.shape[2] > 1:
+        if not is_padding(x):
             is_read = x.dtype in (jnp.float32, jnp.bfloat16)
             masks.append((x if is_read else x.astype(jnp.float32), 0))
     return masks
